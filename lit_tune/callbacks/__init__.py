@@ -1,0 +1,1 @@
+"""Lightning callbacks, one a file: what a run shows, measures and keeps."""

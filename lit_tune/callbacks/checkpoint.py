@@ -1,0 +1,153 @@
+"""When checkpoints are written and which are kept; how they are written is `lit_tune.checkpoint`'s business."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lit_tune.checkpoint import BEST, DIRECTORY, step_checkpoints, step_path
+from lit_tune.errors import InputError
+
+
+class Checkpoint(Callback):
+    """Save checkpoints at optimizer steps, at every epoch's end and on request; keep the last ones and the best.
+
+    Args:
+        every_n_steps: Save after every n optimizer steps; 0 for at the epochs' ends only.
+        every_minutes: Save also when this much time has passed since the last one.
+        keep_last: How many of the newest to keep, beside the best by validation loss.
+    """
+
+    def __init__(self, every_n_steps: int = 0, every_minutes: float | None = None, keep_last: int = 1) -> None:
+        if every_n_steps < 0:
+            raise InputError(f"checkpoint.every_n_steps is {every_n_steps}; it must be 0 or more.")
+        if keep_last < 1:
+            raise InputError(f"checkpoint.keep_last is {keep_last}; it must be 1 or more.")
+        self.every_n_steps = every_n_steps
+        self.every_minutes = every_minutes
+        self.keep_last = keep_last
+        self.run: Path | None = None
+        self.best_loss = float("inf")
+        self.newest: Path | None = None
+        self.clock: Callable[[], float] = time.monotonic
+        self._saved_at = 0.0
+        self._improved = False
+
+    def bind(self, run: Path) -> None:
+        """Take the run's directory; without one nothing is saved."""
+        self.run = run
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Under torchrun every rank has chosen a name for itself; rank 0's holds.
+        self.run = trainer.strategy.broadcast(self.run)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at = self.clock()
+        if self.run is not None:
+            check_space(self.run, checkpoint_bytes(pl_module), copies=self.keep_last + 2)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # NOTE: an epoch's last step is saved in on_train_epoch_end: from here Lightning would resume without its validation.
+        if batch["last_of_step"] and not trainer.is_last_batch and self._due(trainer):
+            self.save(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        if not trainer.training and loss is not None and trainer.state.fn == "fit" and float(loss) < self.best_loss:
+            self.best_loss = float(loss)
+            self._improved = True
+            if not trainer.is_last_batch:
+                self.save(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_loss": self.best_loss}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_loss = state_dict["best_loss"]
+
+    def save(self, trainer: Trainer) -> Path | None:
+        """Save now (called on all ranks, at an optimizer step); return the file, or None without a run directory."""
+        if self.run is None:
+            return None
+        path = step_path(self.run, trainer.global_step)
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            if self._improved:
+                link(path, path.with_name(BEST))
+            prune(self.run, self.keep_last)
+        self._improved = False
+        self._saved_at = self.clock()
+        self.newest = path
+        return path
+
+    def _due(self, trainer: Trainer) -> bool:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            return True
+        if self.every_minutes is None:
+            return False
+        # Clocks differ between ranks, and saving is a collective act: rank 0's clock decides.
+        return bool(trainer.strategy.broadcast(self.clock() - self._saved_at >= 60 * self.every_minutes))
+
+
+def link(path: Path, target: Path) -> None:
+    """Make `target` another name of the file `path` (no second copy on disk), replacing what was there at once."""
+    fresh = target.with_name(f".{target.name}.partial")
+    fresh.unlink(missing_ok=True)
+    try:
+        os.link(path, fresh)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, fresh)
+    fresh.replace(target)
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` step checkpoints, and what interrupted saves left behind."""
+    for path in step_checkpoints(run)[keep_last:]:
+        path.unlink(missing_ok=True)
+    for stray in (run / DIRECTORY).glob(".*.partial"):
+        stray.unlink(missing_ok=True)
+
+
+def checkpoint_bytes(module: torch.nn.Module) -> int:
+    """Return about how large a checkpoint gets: what trains, and two fp32 numbers of Adam for each."""
+    sizes = [(p.numel(), p.element_size()) for p in module.parameters() if p.requires_grad]
+    return sum(count * (width + 8) for count, width in sizes)
+
+
+def check_space(run: Path, needed_each: int, *, copies: int) -> None:
+    """Refuse to start a run whose checkpoints will not fit.
+
+    Args:
+        needed_each: Bytes of one checkpoint.
+        copies: How many lie on the disk at the worst moment: the kept ones, the best and the one being written.
+
+    Raises:
+        InputError: Less space is free.
+    """
+    free = shutil.disk_usage(run).free
+    if free < needed_each * copies:
+        gib = 1024**3
+        raise InputError(
+            f"{run}: {needed_each * copies / gib:.1f} GiB are needed there for {copies} checkpoints, {free / gib:.1f} GiB "
+            "are free; free some, set trainer.default_root_dir to another disk, or lower checkpoint.keep_last."
+        )

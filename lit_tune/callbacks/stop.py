@@ -1,0 +1,70 @@
+"""Ctrl-C and SIGTERM: finish the optimizer step, save a checkpoint, end. A second signal ends at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lit_tune.callbacks.checkpoint import Checkpoint
+from lit_tune.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class GracefulStop(Callback):
+    """Stop at the next optimizer step after a signal to any rank, with a checkpoint of it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # NOTE: after Lightning has registered its own handler, which hangs where all ranks get the signal (pl#20806).
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise Interrupted(number, checkpoint=str(self.checkpoint.newest) if self.checkpoint.newest else None)
+        self.received = number
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # NOTE: an epoch's last step waits for on_train_epoch_end, where its checkpoint is saved.
+        if batch["last_of_step"] and not trainer.is_last_batch and (number := self._agreed(trainer)):
+            self._stop(number, self.checkpoint.save(trainer))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if number := self._agreed(trainer):
+            self._stop(number, self.checkpoint.newest)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore()
+
+    def _agreed(self, trainer: Trainer) -> int:
+        """Return the signal that any rank received, 0 for none; the same on all ranks, so that all stop together."""
+        if trainer.world_size == 1:
+            return self.received
+        flag = torch.tensor(float(self.received), device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(flag, reduce_op="max"))
+
+    def _stop(self, number: int, checkpoint: Any) -> None:
+        self._restore()
+        raise Interrupted(number, checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _restore(self) -> None:
+        handlers: dict[int, Callable[..., Any]] = self._previous
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,101 @@
+"""What a run came to, on one screen: losses, parameters, memory, speed, answers before and after, where it all is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lit_tune.callbacks.epoch_summary import readable_duration
+
+
+@dataclass(frozen=True)
+class SampleChange:
+    """An answer to the same prompt before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What the table at a run's end shows."""
+
+    name: str
+    train_losses: Sequence[float]  # one an epoch
+    val_losses: Sequence[float | None]  # likewise; None where no validation was run
+    trainable_parameters: int
+    total_parameters: int
+    seconds: float  # wall time of the run, validation and checkpoints included
+    peak_gib: float
+    peak_of: str  # "GPU" or "host"
+    tokens_per_s: float | None  # over the run; None if it took no step
+    samples: Sequence[SampleChange]
+    places: Sequence[tuple[str, str]]  # what ("config", "result") and its path
+    next_command: str
+
+
+def print_summary(console: Console, summary: RunSummary) -> None:
+    """Print the summary at the width of the console, with nothing cut off."""
+    console.print(summary_table(summary))
+
+
+def summary_table(summary: RunSummary) -> RenderableType:
+    """Lay the summary out."""
+    parts: list[RenderableType] = [Text(), Text(f"Run {summary.name}", style="bold"), _figures(summary)]
+    if summary.train_losses:
+        parts += [Text(), _losses(summary)]
+    if summary.samples:
+        parts += [Text(), _samples(summary.samples)]
+    parts += [Text(), _places(summary.places)]
+    return Group(*parts, Text(), Text("Next:", style="bold"), Text(f"  {summary.next_command}", overflow="fold"))
+
+
+def _figures(summary: RunSummary) -> RenderableType:
+    table = _pairs()
+    table.add_row("parameters", parameters_text(summary.trainable_parameters, summary.total_parameters))
+    table.add_row("peak memory", f"{summary.peak_gib:.2f} GiB ({summary.peak_of})")
+    if summary.tokens_per_s is not None:
+        table.add_row("throughput", f"{summary.tokens_per_s:,.0f} tokens/s")
+    table.add_row("time", readable_duration(summary.seconds))
+    return table
+
+
+def parameters_text(trainable: int, total: int) -> str:
+    """Return `921,600 of 135,436,608 trainable (0.68 %)`."""
+    return f"{trainable:,} of {total:,} trainable ({trainable / total:.2%})".replace("%", " %")
+
+
+def _losses(summary: RunSummary) -> RenderableType:
+    table = Table("epoch", "train loss", "val loss", box=None, pad_edge=False, header_style="bold")
+    for column in table.columns:
+        column.justify = "right"
+    for epoch, (train, val) in enumerate(zip(summary.train_losses, summary.val_losses, strict=True)):
+        table.add_row(str(epoch), f"{train:.4f}", "-" if val is None else f"{val:.4f}")
+    return table
+
+
+def _samples(samples: Sequence[SampleChange]) -> RenderableType:
+    table = Table("prompt", "before", "after", expand=True, show_lines=True, header_style="bold")
+    for column, ratio in zip(table.columns, (2, 3, 3), strict=True):
+        column.ratio, column.overflow = ratio, "fold"
+    for sample in samples:
+        # As Text: an answer with [brackets] is no markup.
+        table.add_row(Text(sample.prompt), Text(sample.before.strip()), Text(sample.after.strip()))
+    return table
+
+
+def _places(places: Sequence[tuple[str, str]]) -> RenderableType:
+    table = _pairs()
+    for what, path in places:
+        table.add_row(what, Text(path))
+    return table
+
+
+def _pairs() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table

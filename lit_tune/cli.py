@@ -1,0 +1,154 @@
+"""The `lit-tune` command: the first word chooses between Lightning's `fit|validate|test|predict` and our own tools.
+
+Only this file turns faults into exit codes: 0 done, 1 a fault of ours, 2 the user's input, 3 out of memory, 4 saving
+failed, 5 loss not finite, 130 SIGINT, 143 SIGTERM. Imports are made where they are needed, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from lit_tune.errors import InputError, Interrupted, NonFiniteError, SaveError
+
+TRAINER_COMMANDS = {
+    "fit": "train with LoRA or in full",
+    "validate": "loss and perplexity on the held-out records",
+    "test": "the same, named test",
+    "predict": "let the model answer the records' prompts",
+}
+TOOL_COMMANDS = {
+    "data": "show what training will see of the records",
+    "configs": "list the recipes",
+    "env": "versions, devices and memory, for a bug report",
+}
+EXAMPLES = """\
+  lit-tune fit --config demo.yaml
+  lit-tune fit --config lora.yaml --data.path my_records.jsonl --name mine
+  lit-tune fit --trainer.devices 4 --model.method fft
+  lit-tune fit --config lora.yaml --ckpt_path last
+  tensorboard --logdir runs"""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    sys.exit(exit_code(lambda: run(arguments)))
+
+
+def run(arguments: list[str]) -> None:
+    """Run the command that the first word names."""
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(overview())
+    elif command == "--version":
+        print(f"lit-tune {version()}")
+    elif command in TRAINER_COMMANDS:
+        _train(command, rest)
+    elif command in TOOL_COMMANDS:
+        _tool(command, rest)
+    else:
+        commands = [*TRAINER_COMMANDS, *TOOL_COMMANDS]
+        near = difflib.get_close_matches(command, commands, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"there is no command {command!r}. {hint}Commands: {', '.join(commands)}.")
+
+
+def _train(command: str, rest: list[str]) -> None:
+    from lit_tune import recipes  # noqa: PLC0415
+    from lit_tune.quiet import quieten  # noqa: PLC0415
+
+    rest, found = recipes.expand(rest)
+    quieten()
+    from lit_tune.parser import restrict_imports  # noqa: PLC0415  # these import torch and lightning: seconds
+    from lit_tune.run import TuneCLI, is_main_process  # noqa: PLC0415
+
+    if found and is_main_process() and "--print_config" not in rest:
+        print(f"Recipe {found[-1]}", flush=True)
+    restrict_imports()
+    TuneCLI([command, *rest], recipe=found[-1] if found else None)
+
+
+def _tool(command: str, rest: list[str]) -> None:
+    from lit_tune import preview  # noqa: PLC0415
+
+    tools: dict[str, Callable[[list[str]], None]] = {
+        "data": preview.data,
+        "configs": preview.configs,
+        "env": preview.env,
+    }
+    tools[command](rest)
+
+
+def exit_code(action: Callable[[], Any]) -> int:
+    """Run `action` and return the command's exit code; say what went wrong in one line on stderr."""
+    try:
+        action()
+    except (InputError, SaveError, NonFiniteError) as error:
+        return _say(str(error), error.exit_code)
+    except Interrupted as stop:
+        saved = f"; saved {stop.checkpoint}; go on with --ckpt_path last" if stop.checkpoint else "; nothing was saved"
+        name = signal.Signals(stop.exit_code - 128).name
+        # A launched process ends quietly: its parent speaks, and takes another code than 0 for a crash.
+        return _say(f"stopped by {name}{saved}", stop.exit_code) if _speaks() else 0
+    except MemoryError as error:
+        return _say(f"out of host memory: {error}. {_LESS_MEMORY}", 3)
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+            return _say(f"out of memory: {str(error).splitlines()[0]} {_LESS_MEMORY}", 3)
+        raise
+    return 0
+
+
+_LESS_MEMORY = (
+    "Lower data.micro_batch_size (and raise trainer.accumulate_grad_batches), lower data.max_length, set "
+    "model.gradient_checkpointing full, or train with model.method lora."
+)
+
+
+def _say(text: str, code: int) -> int:
+    if _speaks():
+        print(f"lit-tune: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _speaks() -> bool:
+    import os  # noqa: PLC0415
+
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """End at once where no optimizer step is under way; during training `GracefulStop` takes over."""
+    raise Interrupted(number, checkpoint=None)
+
+
+def version() -> str:
+    """Return the installed version."""
+    from importlib.metadata import version as installed  # noqa: PLC0415
+
+    return installed("lit-tune")
+
+
+def overview() -> str:
+    """Return the text of `lit-tune --help`."""
+    commands = {**TRAINER_COMMANDS, **TOOL_COMMANDS}
+    width = max(map(len, commands))
+    listed = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    return (
+        "Fine-tune LLaMA-family models on instructions, with LoRA or in full.\n\n"
+        f"usage: lit-tune COMMAND [--config RECIPE] [--SETTING VALUE ...]\n\nCommands:\n{listed}\n\n"
+        f"Examples:\n{EXAMPLES}\n\n"
+        "`lit-tune COMMAND --help` lists a command's settings; `lit-tune fit --print_config` prints them as YAML."
+    )
+
+
+if __name__ == "__main__":
+    main()

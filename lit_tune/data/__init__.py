@@ -1,0 +1,1 @@
+"""Instruction data: from records on disk to the batches of an optimizer step."""

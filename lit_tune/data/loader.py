@@ -1,0 +1,142 @@
+"""Loaders whose whole state is one integer: the optimizer steps done since the run's start.
+
+Epoch and offset are derived from it, so nothing has to be counted on in a place that Lightning may skip. The samples lie
+tokenised in a memory map; making a micro-batch takes well under a millisecond, so no worker processes are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_tune.data.collate import collate
+from lit_tune.data.encode import Encoded
+from lit_tune.data.packing import Cut, Step, held_out_micro_batches, num_steps, plan_epoch
+
+Batch = dict[str, Any]
+
+
+def rng_seed(*parts: int) -> int:
+    """Return a seed (63 bits) that depends on all parts; neighbouring parts give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def supervised_counts(data: Encoded) -> NDArray[np.int64]:
+    """Return the number of labels of every sample [N]; the first token of a sample is never one."""
+    before = np.concatenate([[0], np.cumsum(data.supervised, dtype=np.int64)])
+    counts: NDArray[np.int64] = before[data.bounds[:, 1]] - before[data.bounds[:, 0] + 1]
+    return counts
+
+
+class StepSource:
+    """The training data of a run as optimizer steps: what step k of the run trains on, for any k.
+
+    Args:
+        data: The tokenised samples.
+        cut: How a step is divided.
+        seed: Of the order of samples and of dropout.
+        pad_token_id: Fills padded rows and the filler of idle ranks.
+    """
+
+    def __init__(self, data: Encoded, cut: Cut, *, seed: int, pad_token_id: int) -> None:
+        self.data = data
+        self.cut = cut
+        self.seed = seed
+        self.pad_token_id = pad_token_id
+        self._planned: tuple[int, list[Step]] = (-1, [])
+        self._supervised = supervised_counts(data)
+
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of optimizer steps of an epoch."""
+        if self._planned[0] == epoch:
+            return len(self._planned[1])
+        return num_steps(self.data.lengths, self.cut, seed=self.seed, epoch=epoch)
+
+    def locate(self, steps_done: int) -> tuple[int, int]:
+        """Return (epoch, step within it) of the step that follows after `steps_done` steps."""
+        epoch = 0
+        while steps_done >= (steps := self.steps_in(epoch)):
+            steps_done -= steps
+            epoch += 1
+        return epoch, steps_done
+
+    def plan(self, epoch: int) -> list[Step]:
+        """Return the steps of an epoch."""
+        if self._planned[0] != epoch:
+            self._planned = (epoch, plan_epoch(self.data.lengths, self.cut, seed=self.seed, epoch=epoch))
+        return self._planned[1]
+
+    def micro_batches(self, step: Step, *, epoch: int, number: int, rank: int) -> Iterator[Batch]:
+        """Yield the micro-batches of one rank in an optimizer step; `number` counts steps from the run's start."""
+        supervised = int(sum(self._supervised[i] for micro in step for samples in micro for i in samples))
+        for k, micro in enumerate(step):
+            samples = [self.data.sample(i) for i in micro[rank]]
+            yield collate(samples, packing=self.cut.packing, pad_token_id=self.pad_token_id) | {
+                "step_supervised": supervised,
+                "epoch": epoch,
+                "step": number,
+                "last_of_step": k == len(step) - 1,
+                "rng_seed": rng_seed(self.seed, number, k, rank),
+            }
+
+
+class TrainLoader:
+    """One epoch's micro-batches of one rank for each `iter`, going on where `steps_done` says.
+
+    With a token budget the number of micro-batches differs between epochs; `SizedTrainLoader` is for the other case.
+    """
+
+    def __init__(self, source: StepSource, *, rank: int, steps_done: int = 0) -> None:
+        self.source = source
+        self.rank = rank
+        self.steps_done = steps_done
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, first = self.source.locate(self.steps_done)
+        for step in self.source.plan(epoch)[first:]:
+            number = self.steps_done
+            for batch in self.source.micro_batches(step, epoch=epoch, number=number, rank=self.rank):
+                self.steps_done = number + batch["last_of_step"]
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position; what Lightning restores is the data module's, which knows what was really processed."""
+        return {"steps_done": self.steps_done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Do nothing: the data module has set the position already."""
+
+
+class SizedTrainLoader(TrainLoader):
+    """A `TrainLoader` whose epochs all have the same number of micro-batches, so that Lightning can know it."""
+
+    def __len__(self) -> int:
+        """Return the micro-batches of one rank in a whole epoch."""
+        cut = self.source.cut
+        assert cut.samples is not None
+        samples, full = len(self.source.data), cut.samples * cut.slots
+        rest = samples % full
+        return samples // full * cut.accumulate + -(-rest // (cut.samples * cut.world))
+
+
+class HeldOutLoader:
+    """A held-out set, each sample once, over all ranks; every rank gets the same number of micro-batches."""
+
+    def __init__(self, data: Encoded, cut: Cut, *, rank: int, pad_token_id: int) -> None:
+        self.data = data
+        self.cut = cut
+        self.rank = rank
+        self.pad_token_id = pad_token_id
+        self.micro_batches = held_out_micro_batches(data.lengths, cut)
+
+    def __len__(self) -> int:
+        """Return the micro-batches of one rank."""
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for micro in self.micro_batches:
+            samples = [self.data.sample(i) for i in micro[self.rank]]
+            yield collate(samples, packing=self.cut.packing, pad_token_id=self.pad_token_id)

@@ -1,0 +1,108 @@
+"""`metrics.csv`: the metrics of a run as one table, a row an optimizer step, columns named as in TensorBoard.
+
+Lightning's own CSVLogger deletes the file of a run that goes on and writes several rows a step.
+"""
+
+from __future__ import annotations
+
+import csv
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+FILE = "metrics.csv"
+Row = dict[str, str]
+
+
+class MetricsCsv(Logger):
+    """Append metrics to `metrics.csv` in a run's directory.
+
+    Args:
+        directory: The run's directory.
+        first_step: Rows from this step on are dropped first: a continued run makes them anew.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int = 0) -> None:
+        super().__init__()
+        self.path = directory / FILE
+        self.first_step = first_step
+        self._columns: list[str] = []
+        self._pending: Row = {}
+
+    @property
+    @override
+    def name(self) -> str:
+        return self.path.parent.name
+
+    @property
+    @override
+    def version(self) -> str:
+        return ""
+
+    @property
+    @override
+    def log_dir(self) -> str:
+        return str(self.path.parent)
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: `config.yaml` beside the table holds the settings."""
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        number = str(step or 0)
+        if self._pending.get("step") not in (None, number):
+            self._flush()
+        values = {name: f"{float(value):.9g}" for name, value in metrics.items()}
+        self._pending |= {"step": number} | values
+
+    @override
+    @rank_zero_only
+    def save(self) -> None:
+        """Do nothing: a row is written when its step is over."""
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        rows = self._take_over() if not self._columns else []
+        if new := [name for name in self._pending if name not in self._columns]:
+            rows = rows or (read_metrics(self.path) if self.path.is_file() and self._columns else [])
+            self._columns = ["step", *sorted({*self._columns, *new} - {"step"})]
+            self._rewrite(rows)
+        with self.path.open("a", newline="") as stream:
+            csv.DictWriter(stream, self._columns).writerow(self._pending)
+        self._pending = {}
+
+    def _take_over(self) -> list[Row]:
+        """Return the rows that an earlier part of the run left and that still hold."""
+        if not self.path.is_file():
+            return []
+        rows = [row for row in read_metrics(self.path) if int(row["step"]) < self.first_step]
+        self._columns = sorted({name for row in rows for name in row})
+        return rows
+
+    def _rewrite(self, rows: list[Row]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".csv.partial")
+        with partial.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.path)
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Return the rows of a `metrics.csv`, cells as text."""
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))

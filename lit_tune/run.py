@@ -1,0 +1,413 @@
+"""A run: module, data and trainer from one configuration, its name and directory, and what it prints and leaves.
+
+`TuneCLI` is LightningCLI with the decisions that a user should not have to make (name, precision, loggers, callbacks)
+and with everything that can fail checked before a process is launched.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from typing_extensions import override
+
+from lit_tune import checkpoint
+from lit_tune.callbacks.checkpoint import Checkpoint
+from lit_tune.callbacks.epoch_summary import EpochSummary
+from lit_tune.callbacks.memory import MemoryMonitor
+from lit_tune.callbacks.progress import TuneProgressBar
+from lit_tune.callbacks.samples import Samples
+from lit_tune.callbacks.stop import GracefulStop
+from lit_tune.callbacks.summary import RunSummary, SampleChange, parameters_text, print_summary
+from lit_tune.callbacks.throughput import Throughput
+from lit_tune.data.instruct import InstructData
+from lit_tune.errors import InputError
+from lit_tune.logs import FILE as METRICS_FILE
+from lit_tune.logs import MetricsCsv
+from lit_tune.modules.llama import LlamaTuner
+from lit_tune.parser import TuneParser
+from lit_tune.result import save_result
+
+RUNS = "runs"
+RESULT = "result"
+CONFIG = "config.yaml"
+DEFAULT_EPOCHS = 3
+
+# What rank 0 decides is handed to the processes that Lightning launches through their environment.
+NAME_VARIABLE = "LIT_TUNE_RUN_NAME"
+CHECKPOINT_VARIABLE = "LIT_TUNE_CKPT_PATH"
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": DEFAULT_EPOCHS,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,  # the loader deals out the samples itself
+    "enable_checkpointing": False,  # ours is lit_tune.callbacks.checkpoint
+    "enable_model_summary": False,
+}
+
+
+# -- names and directories ---------------------------------------------------------------------------------------------
+
+
+def check_name(name: str) -> str:
+    """Return a run's name if it is one plain folder name.
+
+    Raises:
+        InputError: It is empty, hidden or a path.
+    """
+    if not name or name.startswith(".") or not name.isprintable() or Path(name).name != name:
+        raise InputError(f"--name: {name!r} is no plain folder name; use letters, digits, '-', '_' and '.'.")
+    return name
+
+
+def runs_named(root: Path, name: str) -> list[Path]:
+    """Return the run directories of `name`, name-2, name-3, ... under `root`, the newest last."""
+    first = [root / name] if (root / name).is_dir() else []
+    later = [path for path in root.glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal() and path.is_dir()]
+    return first + sorted(later, key=lambda path: int(path.name.removeprefix(f"{name}-")))
+
+
+def fresh_name(root: Path, name: str) -> str:
+    """Return `name` if no run has it, else the first free of name-2, name-3, ..."""
+    number = 1
+    while (root / (candidate := name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+def last_checkpoint(root: Path, name: str) -> tuple[Path, list[Path]]:
+    """Return the newest intact checkpoint of the newest run of `name` that has any, and the damaged ones passed over.
+
+    Raises:
+        InputError: There is none.
+    """
+    damaged: list[Path] = []
+    for run in reversed(runs_named(root, name)):
+        for path, intact in checkpoint.newest_intact(run):
+            if intact:
+                return path, damaged
+            damaged.append(path)
+    bad = f" ({len(damaged)} damaged: {damaged[0]})" if damaged else ""
+    raise InputError(f"--ckpt_path last: no run named {name} under {root} has an intact checkpoint{bad}.")
+
+
+def run_of(ckpt_path: Path) -> Path:
+    """Return the run directory that a checkpoint lies in."""
+    return ckpt_path.resolve().parent.parent
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that speaks and decides: rank 0, or the only one."""
+    return rank_zero_only.rank == 0
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+# -- hardware ----------------------------------------------------------------------------------------------------------
+
+
+def default_precision() -> str:
+    """Return the precision taken when none is given: bf16-mixed where the device computes in bf16, else 32-true.
+
+    On a CPU without matrix units for bf16 (AMX) it is emulated and 3.5 times slower than fp32.
+    """
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16-mixed" if capabilities.get("amx_bf16") else "32-true"
+
+
+def check_devices(accelerator: Any, devices: Any) -> None:
+    """Refuse more GPUs than there are; on a machine without GPUs, devices are CPU processes and any number goes.
+
+    Raises:
+        InputError: More GPUs are asked for than the machine has.
+    """
+    count = torch.cuda.device_count()
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and count > 0)
+    if accelerator in ("gpu", "cuda") and count == 0:
+        raise InputError(f"trainer.accelerator is {accelerator}, but no CUDA GPU is visible; use cpu or auto.")
+    wanted = [int(x) for x in devices.split(",") if x] if isinstance(devices, str) and "," in devices else devices
+    highest = max(wanted, default=-1) + 1 if isinstance(wanted, list) else int(wanted) if str(wanted).isdigit() else 0
+    if on_gpu and highest > count:
+        raise InputError(f"trainer.devices is {devices}, but {count} GPU(s) are visible; ask for at most {count}.")
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+class SaveConfig(SaveConfigCallback):
+    """Write the whole configuration to `config.yaml` in the run's directory, for `--config` to take again."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class TuneCLI(LightningCLI):
+    """LightningCLI for `fit`, `validate`, `test` and `predict`; with `run=False` it only builds (`load_run`)."""
+
+    model: LlamaTuner
+    datamodule: InstructData
+
+    def __init__(self, arguments: list[str] | None, *, recipe: Path | None = None, run: bool = True) -> None:
+        self.recipe = recipe
+        self.console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=rank_zero_only.rank != 0)
+        self.resumed_from: Path | None = None
+        self.directory: Path | None = None
+        self._started = time.monotonic()
+        super().__init__(
+            LlamaTuner,
+            InstructData,
+            args=arguments,
+            run=run,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=TuneParser,
+            parser_kwargs={"description": "Fine-tune LLaMA-family models with LoRA or in full."},
+            auto_configure_optimizers=False,
+        )
+
+    # -- settings ----------------------------------------------------------------------------------------------------
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="Name of the run and of its folder under runs/; left out, the recipe's name, else the method. A name "
+            "that exists gets -2, -3, ...; with --ckpt_path last, the newest run of that name goes on.",
+        )
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+
+    @property
+    def settings(self) -> Any:
+        """The parsed settings of the command."""
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: checkpoints hold no hyperparameters that could override the command line."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        settings = self.settings
+        trainer = settings["trainer"]
+        check_devices(trainer["accelerator"], trainer["devices"])
+        if trainer["precision"] is None:
+            trainer["precision"] = default_precision()
+        root = Path(trainer["default_root_dir"] or ".") / RUNS
+        wanted = settings["name"] or (self.recipe.stem if self.recipe else settings["model"]["method"])
+        if self.subcommand and settings.get("ckpt_path"):
+            self._find_checkpoint(root, check_name(wanted))
+        if self.subcommand == "fit":
+            self.directory = self._claim_directory(root, check_name(wanted))
+            settings["name"] = self.directory.name
+
+    def _find_checkpoint(self, root: Path, name: str) -> None:
+        """Turn `--ckpt_path last`, `best` or a path into the path of an intact checkpoint."""
+        given = os.environ.get(CHECKPOINT_VARIABLE) or str(self.settings["ckpt_path"])
+        if given == "last":
+            path, damaged = last_checkpoint(root, name)
+            for bad in damaged:
+                self.console.print(f"Passed over {bad}: damaged.")
+        elif given == "best":
+            runs = runs_named(root, name)
+            path = (runs[-1] if runs else root / name) / checkpoint.DIRECTORY / checkpoint.BEST
+        else:
+            path = Path(given)
+        self.resumed_from = path
+        self._resumed = checkpoint.read(path)
+        self.settings["ckpt_path"] = os.environ[CHECKPOINT_VARIABLE] = str(path)
+
+    def _claim_directory(self, root: Path, name: str) -> Path:
+        """Choose the run's directory and make it, on rank 0; a continued run keeps its own."""
+        if self.resumed_from is not None:
+            return run_of(self.resumed_from)
+        if given := os.environ.get(NAME_VARIABLE):
+            return root / given
+        directory = root / fresh_name(root, name)
+        if rank_zero_only.rank == 0:
+            os.environ[NAME_VARIABLE] = directory.name
+            try:
+                directory.mkdir(parents=True)
+            except OSError as error:
+                raise InputError(
+                    f"{directory}: the run's directory cannot be made ({error.strerror}); "
+                    "set trainer.default_root_dir to a place you may write to."
+                ) from error
+        return directory
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in config["callbacks"] or []):
+            raise InputError(
+                "trainer.callbacks: GradientAccumulationScheduler changes the samples of an optimizer step during the "
+                "run; set trainer.accumulate_grad_batches or data.global_batch_size."
+            )
+        config["callbacks"] = [*(config["callbacks"] or []), *self._own_callbacks(config)]
+        config["plugins"] = [*_as_list(config["plugins"]), checkpoint.AtomicCheckpointIO()]
+        if config["logger"] in (None, True):
+            config["logger"] = self._own_loggers() if self.directory else False
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.accumulate_grad_batches = self.datamodule.accumulation(
+            world=trainer.world_size, given=trainer.accumulate_grad_batches
+        )
+        return trainer
+
+    def _own_callbacks(self, trainer: Any) -> list[Callback]:
+        """Return the callbacks that every run has, in the order in which they must run."""
+        self.throughput, self.memory, self.epochs = Throughput(), MemoryMonitor(), EpochSummary()
+        callbacks: list[Callback] = [self.throughput, self.memory, self.epochs]
+        if trainer["enable_progress_bar"] is not False:
+            self.progress = TuneProgressBar()
+            callbacks.append(self.progress)
+        if self.subcommand == "fit":
+            # After the checkpoint callback, which LightningCLI appends: a signal at an epoch's end uses its save.
+            self._get(self.config_init, "checkpoint").bind(self.directory)
+        return callbacks
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        saver = next(callback for callback in callbacks if isinstance(callback, Checkpoint))
+        return super()._instantiate_trainer(config, [*callbacks, GracefulStop(saver)])
+
+    def _own_loggers(self) -> list[Any]:
+        assert self.directory is not None
+        first_step = int(self._resumed["global_step"]) if self.resumed_from else 0
+        board = TensorBoardLogger(
+            self.directory.parent,
+            name=self.directory.name,
+            version="",
+            default_hp_metric=False,
+            purge_step=first_step or None,
+        )
+        return [board, MetricsCsv(self.directory, first_step=first_step)]
+
+    # -- fit ---------------------------------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Do what can fail, in the launching process, before any other is started."""
+        if rank_zero_only.rank == 0:
+            self.prepare()
+        if self.resumed_from and self._is_finished():
+            self.console.print(
+                f"{self.directory} is finished: {self._resumed['global_step']} optimizer steps done. "
+                "Raise trainer.max_epochs or trainer.max_steps to go on, or leave out --ckpt_path for a new run."
+            )
+            raise SystemExit(0)
+
+    def prepare(self) -> None:
+        """Fetch the base, tokenise the data and hand the callbacks what they need."""
+        ready = self.datamodule.prepare(self.model.load_tokenizer)
+        samples = self._get(self.config_init, "samples")
+        samples.bind(
+            encode_prompt=self.datamodule.encode_prompt,
+            decode=lambda ids: str(ready.tokenizer.decode(ids, skip_special_tokens=True)),
+            stop_token_ids=self.datamodule.stop_token_ids(),
+            pad_token_id=ready.tokenizer.pad_token_id,
+            before_sampling=self.throughput.pause,
+        )
+        self.samples = samples
+
+    def _is_finished(self) -> bool:
+        trainer, done = self.trainer, int(self._resumed["global_step"])
+        if 0 <= trainer.max_steps <= done:
+            return True
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
+            return False
+        self.datamodule.trainer = trainer
+        return done >= self.datamodule.optimizer_steps(trainer.max_epochs)
+
+    def fit(self, model: LlamaTuner, datamodule: InstructData, **kwargs: Any) -> None:
+        """Train, then save the result and print the summary."""
+        self._announce()
+        self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        if self.trainer.is_global_zero and self.directory is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            save_result(model, datamodule, self.directory / RESULT, precision=str(self.trainer.precision))
+            self._log_hyperparameters()
+            print_summary(self.console, self._summary())
+
+    def _announce(self) -> None:
+        ready = self.datamodule.prepare(self.model.load_tokenizer)
+        held_out = f", {len(ready.val):,} held out" if ready.val is not None else ""
+        self.console.print(f"Run {self.directory}: {self.model.method} of {self.model.base}, {self.trainer.precision}")
+        self.console.print(f"Data {self.datamodule.path}: {len(ready.train):,} samples{held_out}")
+        if self.resumed_from:
+            self.console.print(f"Going on from {self.resumed_from} (optimizer step {self._resumed['global_step']})")
+
+    def _log_hyperparameters(self) -> None:
+        """Put the settings and the final metrics into TensorBoard's HParams tab."""
+        metrics = {
+            name: float(value)
+            for name, value in self.trainer.callback_metrics.items()
+            if name in ("train/epoch_loss", "val/loss", "val/perplexity")
+        }
+        settings = {
+            f"{part}.{key}": str(value) if isinstance(value, list | dict) else value
+            for part in ("model", "data")
+            for key, value in self.settings[part].as_flat().__dict__.items()
+            if value is not None
+        }
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(settings, metrics, step=self.trainer.global_step)
+
+    def _summary(self) -> RunSummary:
+        assert self.directory is not None
+        total, trainable = self.model.parameter_counts()
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        history = self.samples.history
+        changes = [
+            SampleChange(prompt, before, after)
+            for prompt, before, after in zip(self.samples.prompts, history[0][1], history[-1][1], strict=True)
+        ] if len(history) > 1 else []
+        run = self.directory
+        places = [
+            ("result", run / RESULT),
+            ("config", run / CONFIG),
+            ("metrics", run / METRICS_FILE),
+            ("checkpoints", run / checkpoint.DIRECTORY),
+        ]
+        return RunSummary(
+            name=run.name,
+            train_losses=self.epochs.epoch_losses,
+            val_losses=self.epochs.val_losses,
+            trainable_parameters=trainable,
+            total_parameters=total,
+            seconds=time.monotonic() - self._started,
+            peak_gib=self.memory.peak_gib,
+            peak_of="GPU" if on_gpu else "host",
+            tokens_per_s=self.throughput.average.get("throughput/tokens_per_s"),
+            samples=changes,
+            places=[(what, str(path)) for what, path in places],
+            next_command=f"tensorboard --logdir {shlex.quote(str(run.parent))}",
+        )

@@ -1,0 +1,31 @@
+"""A tiny Llama with random weights, for tests that need a model and no meaning."""
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 300  # the byte tokenizer's 256 and room for special tokens
+
+
+def tiny_llama(*, vocabulary: int = VOCABULARY, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
+    """Return a two-layer Llama with grouped-query attention, fp32, the same weights for the same seed."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_tiny_llama(directory: Path, *, vocabulary: int = VOCABULARY) -> Path:
+    """Write the tiny Llama to `directory` as safetensors, without a tokenizer."""
+    tiny_llama(vocabulary=vocabulary).save_pretrained(directory)
+    return directory
