@@ -1,7 +1,7 @@
 """Checkpoints that survive: written beside the target, synced, renamed; checked by a hash before they are read.
 
-The file is torch's own zip format with one addition: its zip comment holds the sha256 of all that comes before. `torch.load`
-reads it as ever; `read` refuses it if a bit has changed, and never runs code (`weights_only=True`).
+The file is torch's own zip format with one addition: its zip comment holds the sha256 of all that comes before.
+`torch.load` reads it as ever; `read` refuses it if a bit has changed, and never runs code (`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        raise SaveError(f"{path}: the checkpoint could not be written ({error}); free space there and continue.") from error
+        raise SaveError(
+            f"{path}: the checkpoint could not be written ({error}); free space there and continue."
+        ) from error
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import difflib
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -63,17 +62,11 @@ def run(arguments: list[str]) -> None:
 
 def _train(command: str, rest: list[str]) -> None:
     from lit_tune import recipes  # noqa: PLC0415
-    from lit_tune.quiet import quieten  # noqa: PLC0415
 
     rest, found = recipes.expand(rest)
-    quieten()
-    from lit_tune.parser import restrict_imports  # noqa: PLC0415  # these import torch and lightning: seconds
-    from lit_tune.run import TuneCLI, is_main_process  # noqa: PLC0415
+    from lit_tune.run import start  # noqa: PLC0415  # imports torch and lightning: seconds
 
-    if found and is_main_process() and "--print_config" not in rest:
-        print(f"Recipe {found[-1]}", flush=True)
-    restrict_imports()
-    TuneCLI([command, *rest], recipe=found[-1] if found else None)
+    start(command, rest, recipe=found[-1] if found else None)
 
 
 def _tool(command: str, rest: list[str]) -> None:
@@ -125,7 +118,7 @@ def _speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     """End at once where no optimizer step is under way; during training `GracefulStop` takes over."""
     raise Interrupted(number, checkpoint=None)
 

@@ -92,7 +92,7 @@ def decoding(model: nn.Module) -> Iterator["LlamaForCausalLM"]:
     top_p) give way to neutral ones. A compiled model runs uncompiled, or every new length would compile it again.
     Weights of mixed precision, such as fp32 adapters on a bf16 base, run under autocast.
     """
-    bare: LlamaForCausalLM = getattr(model, "get_base_model", lambda: model)()
+    bare = cast("LlamaForCausalLM", getattr(model, "get_base_model", lambda: model)())
     was_training = [(module, module.training) for module in model.modules()]
     attention, generation_config = bare.config._attn_implementation, bare.generation_config
     try:
@@ -156,7 +156,7 @@ def _generation_config(
         raise InputError(f"temperature {temperature} is negative; 0 takes the likeliest tokens, above 0 draws them.")
     # transformers warns of sampling settings beside do_sample=False, and without a top_k of ours would cut at 50.
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
-    return GenerationConfig(  # type: ignore[no-untyped-call]
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_token_ids) or None,
         pad_token_id=pad_token_id,

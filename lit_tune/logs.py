@@ -75,22 +75,22 @@ class MetricsCsv(Logger):
     def _flush(self) -> None:
         if not self._pending:
             return
-        rows = self._take_over() if not self._columns else []
         if new := [name for name in self._pending if name not in self._columns]:
-            rows = rows or (read_metrics(self.path) if self.path.is_file() and self._columns else [])
-            self._columns = ["step", *sorted({*self._columns, *new} - {"step"})]
+            # The table's head changes: for the first row, for a metric that comes later, and for a run that goes on.
+            rows = self._rows_that_hold()
+            known = {name for row in rows for name in row}
+            self._columns = ["step", *sorted((known | set(self._columns) | set(new)) - {"step"})]
             self._rewrite(rows)
         with self.path.open("a", newline="") as stream:
             csv.DictWriter(stream, self._columns).writerow(self._pending)
         self._pending = {}
 
-    def _take_over(self) -> list[Row]:
-        """Return the rows that an earlier part of the run left and that still hold."""
+    def _rows_that_hold(self) -> list[Row]:
+        """Return the rows on disk: this process's own, or an earlier one's up to where the run goes on."""
         if not self.path.is_file():
             return []
-        rows = [row for row in read_metrics(self.path) if int(row["step"]) < self.first_step]
-        self._columns = sorted({name for row in rows for name in row})
-        return rows
+        rows = read_metrics(self.path)
+        return rows if self._columns else [row for row in rows if int(row["step"]) < self.first_step]
 
     def _rewrite(self, rows: list[Row]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

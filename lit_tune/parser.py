@@ -25,6 +25,12 @@ _UNKNOWN = (
     re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
 )
 
+# How jsonargparse words a value of the wrong type.
+_BAD_VALUE = re.compile(r"[Pp]arser key [\"'](?P<key>[^\"']+)[\"']:\s*(?P<rest>.*)", re.DOTALL)
+_GOT = re.compile(r"(?:Got value|Given value):\s*(?P<value>.*)\s*$")
+_LITERAL = re.compile(r"Literal\[([^\]]*)\]")
+_TYPE = re.compile(r"<class '([^']+)'>")
+
 
 def restrict_imports(*, trusted: bool = False) -> None:
     """Let configurations name classes of known packages only; `trusted` lifts that for the user's own code."""
@@ -38,6 +44,8 @@ class TuneParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["allow_abbrev"] = False  # --trainer.max_epoch would be taken for --trainer.max_epochs
         super().__init__(*args, **kwargs)
+        # The usage of 110 settings fills two screens before the first explanation.
+        self.usage = "lit-tune COMMAND [--config RECIPE] [--SETTING VALUE ...]"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line, with the nearest right setting where one is unknown, and exit with 2."""
@@ -58,8 +66,30 @@ def explain(message: str, keys: list[str]) -> str:
         if found := pattern.search(message):
             key = found["key"].lstrip("-")
             return f"there is no setting {key!r}.{suggestion(key, keys)} `--help` lists all."
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    return " ".join(lines)
+    if found := _BAD_VALUE.search(message):
+        return f"{found['key']}: {bad_value(found['rest'])}"
+    return one_line(message)
+
+
+def bad_value(text: str) -> str:
+    """Turn what jsonargparse says of a value into the value and what would be right."""
+    got = _GOT.search(text)
+    if got is None:
+        return one_line(text)
+    value = got["value"].strip()
+    choices = [choice.strip(" '\"") for listed in _LITERAL.findall(text) for choice in listed.split(",")]
+    if choices:
+        distinct = list(dict.fromkeys(choices))
+        near = difflib.get_close_matches(value, distinct, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"{value!r} is not valid; use one of {', '.join(distinct)}.{hint}"
+    types = [name.rsplit(".", 1)[-1] for name in dict.fromkeys(_TYPE.findall(text)) if name != "NoneType"]
+    return f"{value!r} is not valid; it takes {' or '.join(types)}." if types else one_line(text)
+
+
+def one_line(text: str) -> str:
+    """Join the lines of a message."""
+    return " ".join(line.strip(" -") for line in text.splitlines() if line.strip())
 
 
 def suggestion(key: str, keys: list[str]) -> str:

@@ -8,22 +8,32 @@ import warnings
 
 # Each of these was seen in a run where nothing was wrong.
 HARMLESS = (
-    ".*does not have many workers.*",
-    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*LightningCLI's args parameter.*",
+    ".*gradient_checkpointing(_enable)?. is deprecated.*",  # its new name needs a newer transformers than our floor
+    ".*Total length of .* across ranks is zero.*",
     ".*exists and is not empty.*",
-    ".*GPU available but not used.*",
     ".*No device id is provided.*",
-    ".*lr_scheduler.step.*before.*optimizer.step.*",
     ".*smaller than the logging interval.*",
-    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-    ".*litlogger.*",
+    ".*torch.jit.script.* is deprecated.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*You are resuming from a checkpoint that ended.*",
+    ".*Found .* module.s. in eval mode.*",
+)
+LOUD = (
+    "lightning.pytorch",
+    "lightning.fabric",
+    "lightning.pytorch.utilities.rank_zero",
+    "bitsandbytes",
+    "transformers",
 )
 
 
 def quieten() -> None:
-    """Turn off known harmless messages; call it before lightning is imported."""
+    """Turn off known harmless messages; call it after lightning is imported, which sets levels of its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric.utilities.rank_zero").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.ERROR)
     for pattern in HARMLESS:
         warnings.filterwarnings("ignore", message=pattern)

@@ -32,7 +32,9 @@ def find(name: str) -> Path:
             return recipes[candidate]
     near = difflib.get_close_matches(path.name, recipes, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise InputError(f"--config: there is no file {name} here and no recipe of that name.{hint} `lit-tune configs` lists them.")
+    raise InputError(
+        f"--config: there is no file {name} here and no recipe of that name.{hint} `lit-tune configs` lists them."
+    )
 
 
 def expand(arguments: list[str]) -> tuple[list[str], list[Path]]:

@@ -39,7 +39,9 @@ def save_result(module: LlamaTuner, data: InstructData, directory: Path, *, prec
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     except OSError as error:
-        raise SaveError(f"{directory}: the result could not be written ({error}); the checkpoints are intact.") from error
+        raise SaveError(
+            f"{directory}: the result could not be written ({error}); the checkpoints are intact."
+        ) from error
 
 
 def _save_model(module: LlamaTuner, data: InstructData, directory: Path, precision: str) -> None:

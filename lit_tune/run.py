@@ -6,13 +6,12 @@ and with everything that can fail checked before a process is launched.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +24,29 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from typing_extensions import override
 
-from lit_tune import checkpoint
+from lit_tune import checkpoint, recipes
 from lit_tune.callbacks.checkpoint import Checkpoint
 from lit_tune.callbacks.epoch_summary import EpochSummary
 from lit_tune.callbacks.memory import MemoryMonitor
+from lit_tune.callbacks.parameters import ParameterCount
 from lit_tune.callbacks.progress import TuneProgressBar
 from lit_tune.callbacks.samples import Samples
 from lit_tune.callbacks.stop import GracefulStop
-from lit_tune.callbacks.summary import RunSummary, SampleChange, parameters_text, print_summary
+from lit_tune.callbacks.summary import RunSummary, SampleChange, print_summary
 from lit_tune.callbacks.throughput import Throughput
 from lit_tune.data.instruct import InstructData
 from lit_tune.errors import InputError
 from lit_tune.logs import FILE as METRICS_FILE
 from lit_tune.logs import MetricsCsv
 from lit_tune.modules.llama import LlamaTuner
-from lit_tune.parser import TuneParser
+from lit_tune.parser import TuneParser, restrict_imports
+from lit_tune.quiet import quieten
 from lit_tune.result import save_result
 
 RUNS = "runs"
 RESULT = "result"
 CONFIG = "config.yaml"
+PREDICTIONS = "predictions.jsonl"
 DEFAULT_EPOCHS = 3
 
 # What rank 0 decides is handed to the processes that Lightning launches through their environment.
@@ -79,7 +81,9 @@ def check_name(name: str) -> str:
 def runs_named(root: Path, name: str) -> list[Path]:
     """Return the run directories of `name`, name-2, name-3, ... under `root`, the newest last."""
     first = [root / name] if (root / name).is_dir() else []
-    later = [path for path in root.glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal() and path.is_dir()]
+    later = [
+        path for path in root.glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal() and path.is_dir()
+    ]
     return first + sorted(later, key=lambda path: int(path.name.removeprefix(f"{name}-")))
 
 
@@ -108,13 +112,14 @@ def last_checkpoint(root: Path, name: str) -> tuple[Path, list[Path]]:
 
 
 def run_of(ckpt_path: Path) -> Path:
-    """Return the run directory that a checkpoint lies in."""
-    return ckpt_path.resolve().parent.parent
+    """Return the run directory that a checkpoint lies in; relative where it is below the working directory."""
+    run = ckpt_path.resolve().parent.parent
+    return run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
 
 
 def is_main_process() -> bool:
     """Tell whether this is the process that speaks and decides: rank 0, or the only one."""
-    return rank_zero_only.rank == 0
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -133,7 +138,7 @@ def default_precision() -> str:
     """
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16-mixed" if capabilities.get("amx_bf16") else "32-true"
 
 
@@ -171,12 +176,28 @@ class TuneCLI(LightningCLI):
     model: LlamaTuner
     datamodule: InstructData
 
-    def __init__(self, arguments: list[str] | None, *, recipe: Path | None = None, run: bool = True) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        recipe: Path | None = None,
+        run: bool = True,
+        description: str = "Fine-tune LLaMA-family models with LoRA or in full.",
+        options: Callable[[LightningArgumentParser], None] | None = None,
+    ) -> None:
         self.recipe = recipe
-        self.console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=rank_zero_only.rank != 0)
+        self._options = options
+        self.console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=not is_main_process())
         self.resumed_from: Path | None = None
         self.directory: Path | None = None
         self._started = time.monotonic()
+        try:
+            self._build_and_run(arguments, run=run, description=description)
+        except BaseException:
+            self._discard_unused_directory()
+            raise
+
+    def _build_and_run(self, arguments: list[str], *, run: bool, description: str) -> None:
         super().__init__(
             LlamaTuner,
             InstructData,
@@ -187,7 +208,7 @@ class TuneCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=TuneParser,
-            parser_kwargs={"description": "Fine-tune LLaMA-family models with LoRA or in full."},
+            parser_kwargs={"description": description},
             auto_configure_optimizers=False,
         )
 
@@ -204,6 +225,16 @@ class TuneCLI(LightningCLI):
         )
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        if self._options:
+            self._options(parser)
+
+    @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Model and data first: `--help` begins with what this tool is about.
+        parser.add_lightning_class_args(LlamaTuner, "model")
+        parser.add_lightning_class_args(InstructData, "data")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
 
     @property
     def settings(self) -> Any:
@@ -252,7 +283,7 @@ class TuneCLI(LightningCLI):
         if given := os.environ.get(NAME_VARIABLE):
             return root / given
         directory = root / fresh_name(root, name)
-        if rank_zero_only.rank == 0:
+        if is_main_process():
             os.environ[NAME_VARIABLE] = directory.name
             try:
                 directory.mkdir(parents=True)
@@ -262,6 +293,13 @@ class TuneCLI(LightningCLI):
                     "set trainer.default_root_dir to a place you may write to."
                 ) from error
         return directory
+
+    def _discard_unused_directory(self) -> None:
+        """Remove the directory that this process has just made, if the run ended before anything worth keeping."""
+        if self.directory is None or self.resumed_from is not None or not is_main_process():
+            return
+        if not (self.directory / METRICS_FILE).exists() and not checkpoint.step_checkpoints(self.directory):
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -286,9 +324,9 @@ class TuneCLI(LightningCLI):
     def _own_callbacks(self, trainer: Any) -> list[Callback]:
         """Return the callbacks that every run has, in the order in which they must run."""
         self.throughput, self.memory, self.epochs = Throughput(), MemoryMonitor(), EpochSummary()
-        callbacks: list[Callback] = [self.throughput, self.memory, self.epochs]
-        if trainer["enable_progress_bar"] is not False:
-            self.progress = TuneProgressBar()
+        callbacks: list[Callback] = [ParameterCount(), self.throughput, self.memory, self.epochs]
+        self.progress = None if trainer["enable_progress_bar"] is False else TuneProgressBar()
+        if self.progress is not None:
             callbacks.append(self.progress)
         if self.subcommand == "fit":
             # After the checkpoint callback, which LightningCLI appends: a signal at an epoch's end uses its save.
@@ -316,9 +354,12 @@ class TuneCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Do what can fail, in the launching process, before any other is started."""
-        if rank_zero_only.rank == 0:
-            self.prepare()
-        if self.resumed_from and self._is_finished():
+        self.prepare()
+        self.datamodule.trainer = self.trainer
+        total = self.datamodule.total_steps()
+        if self.progress is not None:
+            self.progress.total_steps = total
+        if self.resumed_from and int(self._resumed["global_step"]) >= total:
             self.console.print(
                 f"{self.directory} is finished: {self._resumed['global_step']} optimizer steps done. "
                 "Raise trainer.max_epochs or trainer.max_steps to go on, or leave out --ckpt_path for a new run."
@@ -337,15 +378,6 @@ class TuneCLI(LightningCLI):
             before_sampling=self.throughput.pause,
         )
         self.samples = samples
-
-    def _is_finished(self) -> bool:
-        trainer, done = self.trainer, int(self._resumed["global_step"])
-        if 0 <= trainer.max_steps <= done:
-            return True
-        if trainer.max_epochs is None or trainer.max_epochs < 0:
-            return False
-        self.datamodule.trainer = trainer
-        return done >= self.datamodule.optimizer_steps(trainer.max_epochs)
 
     def fit(self, model: LlamaTuner, datamodule: InstructData, **kwargs: Any) -> None:
         """Train, then save the result and print the summary."""
@@ -386,10 +418,14 @@ class TuneCLI(LightningCLI):
         total, trainable = self.model.parameter_counts()
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         history = self.samples.history
-        changes = [
-            SampleChange(prompt, before, after)
-            for prompt, before, after in zip(self.samples.prompts, history[0][1], history[-1][1], strict=True)
-        ] if len(history) > 1 else []
+        changes = (
+            [
+                SampleChange(prompt, before, after)
+                for prompt, before, after in zip(self.samples.prompts, history[0][1], history[-1][1], strict=True)
+            ]
+            if len(history) > 1
+            else []
+        )
         run = self.directory
         places = [
             ("result", run / RESULT),
@@ -411,3 +447,63 @@ class TuneCLI(LightningCLI):
             places=[(what, str(path)) for what, path in places],
             next_command=f"tensorboard --logdir {shlex.quote(str(run.parent))}",
         )
+
+    # -- predict -----------------------------------------------------------------------------------------------------
+
+    def before_predict(self) -> None:
+        """Tell the data module how long answers may be."""
+        self.datamodule.max_new_tokens = self._get(self.config_init, "samples").max_new_tokens
+
+    def predict(self, model: LlamaTuner, datamodule: InstructData, **kwargs: Any) -> None:
+        """Answer the prompts of the held-out records, or of all, and write them to `predictions.jsonl`."""
+        kwargs["return_predictions"] = True
+        answers = [
+            answer for batch in self.trainer.predict(model, datamodule=datamodule, **kwargs) or [] for answer in batch
+        ]
+        asked = datamodule.predict_dataloader()
+        decode = datamodule.prepare(model.load_tokenizer).tokenizer.decode
+        rows = [
+            {"id": number, "prompt": decode(prompt), "answer": decode(answer)}
+            for number, prompt, answer in zip(asked.ids, asked.prompts, answers, strict=True)
+        ]
+        gathered: list[list[dict[str, Any]]] = [rows]
+        if self.trainer.world_size > 1:
+            gathered = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, rows)
+        if is_main_process():
+            path = (run_of(self.resumed_from) if self.resumed_from else Path()) / PREDICTIONS
+            everything = sorted((row for part in gathered for row in part), key=lambda row: int(row["id"]))
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in everything))
+            self.console.print(f"{len(everything)} answers in {path}")
+
+
+# -- ways in -----------------------------------------------------------------------------------------------------------
+
+
+def start(command: str, arguments: list[str], *, recipe: Path | None) -> None:
+    """Run `fit`, `validate`, `test` or `predict` with the arguments of the command line."""
+    quieten()
+    restrict_imports()
+    if recipe and is_main_process() and "--print_config" not in arguments:
+        print(f"Recipe {recipe}", flush=True)
+    TuneCLI([command, *arguments], recipe=recipe)
+
+
+def build(
+    arguments: list[str], *, description: str, options: Callable[[LightningArgumentParser], None] | None = None
+) -> TuneCLI:
+    """Build a run from fit's settings without starting it, for the tools that look at one.
+
+    Args:
+        description: What the tool's `--help` says first.
+        options: Adds the tool's own settings to the parser.
+    """
+    quieten()
+    restrict_imports()
+    arguments, found = recipes.expand(arguments)
+    return TuneCLI(arguments, recipe=found[-1] if found else None, run=False, description=description, options=options)
+
+
+def load_run(config: str) -> TuneCLI:
+    """Build the module, data and trainer of a configuration file (or recipe), not started."""
+    return build(["--config", config], description="")

@@ -50,6 +50,11 @@ def reference(model: Any, prompt: list[int], **settings: Any) -> list[int]:
     return tokens
 
 
+def checkpoint_activations(model: Any) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
 @contextlib.contextmanager
 def transformers_log() -> Iterator[list[str]]:
     """Collect what transformers logs, which does not reach pytest's handlers."""
@@ -112,7 +117,7 @@ def test_drawing_is_repeatable_with_a_seed_and_new_without(model: LlamaForCausal
 def test_model_settings_of_its_own_do_not_count(model: LlamaForCausalLM) -> None:
     """Chat models come with do_sample, a temperature and penalties in their generation_config.json."""
     greedy = generate(model, PROMPTS, max_new_tokens=8, stop_token_ids=[], pad_token_id=PAD)
-    own = GenerationConfig(do_sample=True, temperature=9.0, top_k=3, repetition_penalty=5.0, eos_token_id=greedy[0][2])  # type: ignore[no-untyped-call]
+    own = GenerationConfig(do_sample=True, temperature=9.0, top_k=3, repetition_penalty=5.0, eos_token_id=greedy[0][2])
     model.generation_config = own
     assert generate(model, PROMPTS, max_new_tokens=8, stop_token_ids=[], pad_token_id=PAD) == greedy
     assert model.generation_config is own
@@ -121,7 +126,7 @@ def test_model_settings_of_its_own_do_not_count(model: LlamaForCausalLM) -> None
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_says_nothing(model: LlamaForCausalLM, temperature: float, capfd: pytest.CaptureFixture[str]) -> None:
     model.generation_config.temperature = 0.6
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     with transformers_log() as lines:
         generate(
             model.train(), PROMPTS, max_new_tokens=4, stop_token_ids=[EOS], pad_token_id=EOS, temperature=temperature
@@ -161,10 +166,9 @@ def no_cache_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[to
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_uses_the_cache(model: LlamaForCausalLM, gradient_checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uses_the_cache(model: LlamaForCausalLM, gradient_checkpointing: bool) -> None:
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        checkpoint_activations(model)
     model.config.use_cache = False
     lengths: list[int] = []
     hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
@@ -251,7 +255,7 @@ def test_import_does_not_load_transformers() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_drawing_on_a_gpu_leaves_its_generator_alone(model: LlamaForCausalLM) -> None:
-    model.cuda()
+    cast(Any, model).cuda()
     state = torch.cuda.get_rng_state()
     settings: dict[str, Any] = {"max_new_tokens": 9, "stop_token_ids": [], "pad_token_id": PAD, "temperature": 5.0}
     assert generate(model, PROMPTS, seed=1, **settings) == generate(model, PROMPTS, seed=1, **settings)

@@ -60,7 +60,7 @@ class Checkpoint(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # NOTE: an epoch's last step is saved in on_train_epoch_end: from here Lightning would resume without its validation.
+        # NOTE: an epoch's last step is saved in on_train_epoch_end: resumed from here, it would lack its validation.
         if batch["last_of_step"] and not trainer.is_last_batch and self._due(trainer):
             self.save(trainer)
 
@@ -148,6 +148,7 @@ def check_space(run: Path, needed_each: int, *, copies: int) -> None:
     if free < needed_each * copies:
         gib = 1024**3
         raise InputError(
-            f"{run}: {needed_each * copies / gib:.1f} GiB are needed there for {copies} checkpoints, {free / gib:.1f} GiB "
-            "are free; free some, set trainer.default_root_dir to another disk, or lower checkpoint.keep_last."
+            f"{run}: {needed_each * copies / gib:.1f} GiB are needed there for {copies} checkpoints, "
+            f"{free / gib:.1f} GiB are free; free some, set trainer.default_root_dir to another disk, "
+            "or lower checkpoint.keep_last."
         )

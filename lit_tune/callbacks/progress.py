@@ -90,7 +90,7 @@ class LiveDisplay:
     def show(self, stage: str, *, completed: int, total: int | None, status: str) -> None:
         """Draw the stage's bar, a new one where it has none."""
         if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(stage)
+            self._bars[stage] = self._progress.add_task(stage, total=total)
         self._progress.update(self._bars[stage], completed=completed, total=total)
         if status:
             self._status.plain = status
@@ -153,6 +153,7 @@ class TuneProgressBar(ProgressBar):
         self._enabled = True
         self._display: Display | None = None
         self._shown_at = float("-inf")
+        self._shown_step = 0
         self._first_step = 0  # the step that training started or resumed at
         self._started = 0.0
 
@@ -189,7 +190,8 @@ class TuneProgressBar(ProgressBar):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show_training(trainer, at_once=True)
+        if trainer.global_step != self._shown_step:
+            self._show_training(trainer, at_once=True)
         self._close()
 
     @override
@@ -254,7 +256,7 @@ class TuneProgressBar(ProgressBar):
     def _show_training(self, trainer: Trainer, *, at_once: bool = False) -> None:
         if not self._is_due(at_once=at_once):
             return
-        step = trainer.global_step
+        step = self._shown_step = trainer.global_step
         left = seconds_left(
             seconds=self.clock() - self._started,
             steps=step - self._first_step,

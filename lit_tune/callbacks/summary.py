@@ -9,6 +9,8 @@ from rich.text import Text
 
 from lit_tune.callbacks.epoch_summary import readable_duration
 
+LABEL_WIDTH = 13
+
 
 @dataclass(frozen=True)
 class SampleChange:
@@ -38,23 +40,30 @@ class RunSummary:
 
 
 def print_summary(console: Console, summary: RunSummary) -> None:
-    """Print the summary at the width of the console, with nothing cut off."""
-    console.print(summary_table(summary))
+    """Print the summary at the width of the console, with nothing cut off.
+
+    Paths and the next command are not folded but left to the terminal to wrap, so that they can be copied.
+    """
+    console.print(summary_table(summary), soft_wrap=False)
+    for what, path in summary.places:
+        console.print(Text.assemble((f"{what:<{LABEL_WIDTH}}", "dim"), path), soft_wrap=True)
+    console.print(Text.assemble(("\nNext:  ", "bold"), summary.next_command), soft_wrap=True)
 
 
 def summary_table(summary: RunSummary) -> RenderableType:
-    """Lay the summary out."""
+    """Lay out what the run came to: its figures, its losses and its answers."""
     parts: list[RenderableType] = [Text(), Text(f"Run {summary.name}", style="bold"), _figures(summary)]
     if summary.train_losses:
         parts += [Text(), _losses(summary)]
     if summary.samples:
         parts += [Text(), _samples(summary.samples)]
-    parts += [Text(), _places(summary.places)]
-    return Group(*parts, Text(), Text("Next:", style="bold"), Text(f"  {summary.next_command}", overflow="fold"))
+    return Group(*parts, Text())
 
 
 def _figures(summary: RunSummary) -> RenderableType:
-    table = _pairs()
+    table = Table(box=None, show_header=False, padding=0, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True, width=LABEL_WIDTH)
+    table.add_column(overflow="fold")
     table.add_row("parameters", parameters_text(summary.trainable_parameters, summary.total_parameters))
     table.add_row("peak memory", f"{summary.peak_gib:.2f} GiB ({summary.peak_of})")
     if summary.tokens_per_s is not None:
@@ -84,18 +93,4 @@ def _samples(samples: Sequence[SampleChange]) -> RenderableType:
     for sample in samples:
         # As Text: an answer with [brackets] is no markup.
         table.add_row(Text(sample.prompt), Text(sample.before.strip()), Text(sample.after.strip()))
-    return table
-
-
-def _places(places: Sequence[tuple[str, str]]) -> RenderableType:
-    table = _pairs()
-    for what, path in places:
-        table.add_row(what, Text(path))
-    return table
-
-
-def _pairs() -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
     return table

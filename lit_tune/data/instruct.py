@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from typing_extensions import override
 
-from lit_tune.data.encode import Encoded, default_cache_dir, encode_dataset
-from lit_tune.data.loader import HeldOutLoader, SizedTrainLoader, StepSource, TrainLoader
+from lit_tune.data.encode import IGNORED, Encoded, default_cache_dir, encode_dataset
+from lit_tune.data.loader import HeldOutLoader, PromptLoader, SizedTrainLoader, StepSource, TrainLoader
 from lit_tune.data.packing import Cut
-from lit_tune.data.prompts import Message, Template, encode_prompt, load_template, stop_token_ids
+from lit_tune.data.prompts import Template, encode_prompt, load_template, stop_token_ids
+from lit_tune.data.records import Message
 from lit_tune.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_MICRO_BATCH_SIZE = 4
+PROMPTS_A_BATCH = 16
 Limit = str | int | list[int] | None
 
 
@@ -111,6 +114,7 @@ class InstructData(LightningDataModule):
         self.global_batch_size = global_batch_size
         self.val_fraction = val_fraction
         self.val_path = val_path
+        self.max_new_tokens = 128  # of an answer, in `predict`
         self.prepared: Prepared | None = None
         self.steps_done = 0
 
@@ -233,6 +237,17 @@ class InstructData(LightningDataModule):
             return epochs * source.steps_in(0)
         return sum(source.steps_in(epoch) for epoch in range(epochs))
 
+    def total_steps(self) -> int:
+        """Return the optimizer steps of the whole run: of the trainer's epochs, or its `max_steps` if that is less."""
+        # NOTE: not trainer.estimated_stepping_batches: touching it while the optimizer is made drops the loader's state
+        # on resume (pl#20550).
+        trainer: Any = self.trainer
+        epochs, steps = trainer.max_epochs, trainer.max_steps
+        if epochs is None or epochs < 0:
+            return max(1, int(steps))
+        by_epochs = self.optimizer_steps(epochs)
+        return max(1, min(by_epochs, steps) if steps >= 0 else by_epochs)
+
     @override
     def train_dataloader(self) -> TrainLoader:
         trainer: Any = self.trainer
@@ -258,8 +273,8 @@ class InstructData(LightningDataModule):
         for key, place in {"seed": "seed_everything", "data": "data"}.items():
             if state_dict[key] != now[key]:
                 raise InputError(
-                    f"{place}: the checkpoint was made with {state_dict[key]}, this run has {now[key]}: other samples or "
-                    "another order; continue with what it was made with, or start a new run."
+                    f"{place}: the checkpoint was made with {state_dict[key]}, this run has {now[key]}: other "
+                    "samples or another order; continue with what it was made with, or start a new run."
                 )
         self.steps_done = state_dict["steps_done"]
 
@@ -277,6 +292,31 @@ class InstructData(LightningDataModule):
     @override
     def test_dataloader(self) -> HeldOutLoader | list[Any]:
         return self.val_dataloader()
+
+    @override
+    def predict_dataloader(self) -> PromptLoader:
+        """Return this rank's prompts: of the held-out samples, or of all where none are held out."""
+        trainer: Any = self.trainer
+        ready = self._ready()
+        data = ready.val or ready.train
+        mine = range(trainer.global_rank, len(data), trainer.world_size)
+        return PromptLoader(
+            [int(data.ids[i]) for i in mine],
+            [last_prompt(*data.sample(i)) for i in mine],
+            size=PROMPTS_A_BATCH,
+            common={
+                "max_new_tokens": self.max_new_tokens,
+                "stop_token_ids": self.stop_token_ids(),
+                "pad_token_id": _pad_token_id(ready),
+            },
+        )
+
+
+def last_prompt(tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> list[int]:
+    """Return what stands before the last answer of a sample: all tokens up to its last run of supervised ones."""
+    supervised = labels != IGNORED
+    starts = np.flatnonzero(supervised & ~np.concatenate([[False], supervised[:-1]]))
+    return [int(token) for token in tokens[: starts[-1]]]
 
 
 def _pad_token_id(ready: Prepared) -> int:

@@ -1,12 +1,13 @@
 """Loaders whose whole state is one integer: the optimizer steps done since the run's start.
 
-Epoch and offset are derived from it, so nothing has to be counted on in a place that Lightning may skip. The samples lie
-tokenised in a memory map; making a micro-batch takes well under a millisecond, so no worker processes are needed.
+Epoch and offset are derived from it, so nothing has to be counted on in a place that Lightning may skip. The samples
+lie tokenised in a memory map; making a micro-batch takes well under a millisecond, so no worker processes are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,3 +141,21 @@ class HeldOutLoader:
         for micro in self.micro_batches:
             samples = [self.data.sample(i) for i in micro[self.rank]]
             yield collate(samples, packing=self.cut.packing, pad_token_id=self.pad_token_id)
+
+
+class PromptLoader:
+    """Batches of prompts to answer; `common` goes into each of them."""
+
+    def __init__(self, ids: Sequence[int], prompts: Sequence[list[int]], *, size: int, common: Batch) -> None:
+        self.ids = ids
+        self.prompts = prompts
+        self.size = size
+        self.common = common
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return math.ceil(len(self.ids) / self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for k in range(0, len(self.ids), self.size):
+            yield self.common | {"ids": self.ids[k : k + self.size], "prompts": self.prompts[k : k + self.size]}

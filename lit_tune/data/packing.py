@@ -1,8 +1,8 @@
 """Which samples make an optimizer step, and how a step is cut into micro-batches: pure functions of numbers.
 
 The samples of a step are fixed first, by (seed, epoch, global batch); only then is the step cut into ranks and
-micro-batches. So any cut of the same global batch into devices x accumulation x micro-batch sees the same samples in the
-same steps. Cutting balances tokens: ranks wait for the longest, so every micro-batch gets about the same length.
+micro-batches. So any cut of the same global batch into devices x accumulation x micro-batch sees the same samples in
+the same steps. Cutting balances tokens: ranks wait for the longest, so every micro-batch gets about the same length.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def num_steps(lengths: NDArray[np.int64], cut: Cut, *, seed: int, epoch: int) ->
 
 
 def held_out_micro_batches(lengths: NDArray[np.int64], cut: Cut) -> list[list[MicroBatch]]:
-    """Cut a held-out set into [micro-batch][rank], each sample exactly once, longest first so that memory shows at once."""
+    """Cut a held-out set into [micro-batch][rank], each sample exactly once; longest first: memory shows at once."""
     samples = np.argsort(-lengths, kind="stable").tolist()
     if cut.samples is not None:
         bins = [samples[i : i + cut.samples] for i in range(0, len(samples), cut.samples)]
@@ -76,7 +76,7 @@ def held_out_micro_batches(lengths: NDArray[np.int64], cut: Cut) -> list[list[Mi
 
 
 def _divide(samples: Sequence[int], lengths: NDArray[np.int64], cut: Cut) -> list[MicroBatch]:
-    """Divide a step's samples into micro-batches of at most `cut.samples`: no more of them than a rank's share needs."""
+    """Divide a step's samples into micro-batches of at most `cut.samples`, no more of them than are needed."""
     assert cut.samples is not None
     longest_first = sorted(samples, key=lambda i: (-int(lengths[i]), i))
     if not cut.packing:  # neighbours in length pad each other least
@@ -94,7 +94,7 @@ def _divide(samples: Sequence[int], lengths: NDArray[np.int64], cut: Cut) -> lis
 
 
 def _fill(order: Sequence[int], lengths: NDArray[np.int64], cut: Cut) -> list[list[MicroBatch]]:
-    """Fill steps of `cut.slots` micro-batches in the given order, first fit; a sample that fits nowhere opens a step."""
+    """Fill steps of `cut.slots` micro-batches in order, first fit; a sample that fits nowhere opens a step."""
     assert cut.tokens is not None
     steps: list[list[MicroBatch]] = []
     bins: list[MicroBatch] = []

@@ -379,7 +379,8 @@ def _atoms(parts: Sequence[_Part], roles: Sequence[str], control: _Control) -> l
             atoms += [(atom, True) for atom in (cut[:2] if closed else [closing])]
             cut = cut[2:] if closed else cut
         atoms += [(atom, False) for atom in cut]
-        atoms.append((part[len(text) :], True))
+        if text != part:
+            atoms.append((part[len(text) :], True))
     return atoms
 
 

@@ -132,7 +132,8 @@ def parse_limit(limit: str | int | Sequence[int | str] | None) -> slice:
     if limit is None:
         return slice(None)
     if isinstance(limit, str):
-        parts = [limit.strip().removeprefix("[").removesuffix("]")]
+        bracketed = re.fullmatch(r"\s*\[(.*)\]\s*", limit)
+        parts = [bracketed[1] if bracketed else limit]
     elif isinstance(limit, int):
         parts = [str(limit)]
     else:
@@ -142,7 +143,7 @@ def parse_limit(limit: str | int | Sequence[int | str] | None) -> slice:
         case [text] if isinstance(parts[0], str) and text.isdecimal():
             return slice(0, int(text))
         # NOTE: a lone number in a list is refused: YAML 1.1 reads an unquoted [1:30] as [90], base sixty.
-        case [text] if isinstance(parts[0], str) and (found := _LIMIT.fullmatch(text)) and found[3] != "0":
+        case [text] if isinstance(parts[0], str) and (found := _LIMIT.fullmatch(text)) and int(found[3] or 1):
             start, stop, step = (None if group is None else int(group) for group in found.groups())
             return slice(start, stop, step)
         case [start_text, stop_text] if all(re.fullmatch(r"-?\d+", text) for text in (start_text, stop_text)):
@@ -361,9 +362,10 @@ def _parquet_rows(path: str) -> list[Row]:
     from pyarrow import ArrowException, BufferReader  # noqa: PLC0415 - heavy, and needed for this format only
     from pyarrow.parquet import read_table  # noqa: PLC0415
 
+    data = _read_bytes(path)
     try:
-        values = read_table(BufferReader(_read_bytes(path))).to_pylist()
-    except (ArrowException, UnicodeDecodeError) as fault:
+        values = read_table(BufferReader(data)).to_pylist()
+    except (ArrowException, OSError, ValueError) as fault:  # Arrow has its own classes for some faults only
         raise InputError(f"{path}: is no readable Parquet file: {_one_line(fault)}") from fault
     return _numbered(path, values)
 
@@ -467,10 +469,9 @@ def _turn(turn: object, *, place: str) -> Message:
     for field in ("role", "content"):
         if field not in turn:
             raise InputError(f"{place}: {field!r} is missing{_near(field, turn)}")
-    role = turn["role"]
+    role = _string(turn["role"], "role", place=place)
     if role not in ROLES:
-        near = _near(role, ROLES) if isinstance(role, str) else ""
-        raise InputError(f"{place}: role {reprlib.repr(role)} is unknown{near}; use {_listed(ROLES)}")
+        raise InputError(f"{place}: role {reprlib.repr(role)} is unknown{_near(role, ROLES)}; use {_listed(ROLES)}")
     return Message(role, _filled(turn["content"], "content", place=place))
 
 

@@ -3,8 +3,8 @@
 transformers' own `sdpa` finds the samples of a packed row too, but builds a [1, 1, T, T] mask: correct, and slow. Here
 the boundaries `cu_seq_lens_q` (int32, cumulative lengths, as flash-attention names them) select a kernel that never
 computes the blocks between samples: torch's variable-length kernel on CUDA in half precision, one causal SDPA call per
-sample elsewhere. Without boundaries the rows are single right-padded samples, for which causal attention alone is right:
-a real token never looks at the padding behind it.
+sample elsewhere. Without boundaries the rows are single right-padded samples, for which causal attention alone is
+right: a real token never looks at the padding behind it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def packed_attention(
         cu_seq_lens_q: [S + 1] start of each of S samples in the single row, then the row's end; None without packing.
         max_length_q: Length of the longest sample; needed by the CUDA kernel only.
     """
-    # NOTE: transformers drops the masks of attention functions that it does not know, so a mask here is a caller's error.
+    # NOTE: transformers makes no mask for attention functions that it does not know: one here is a caller's error.
     assert attention_mask is None, "packed attention masks by sample boundaries, not by attention_mask"
     if cu_seq_lens_q is None:
         out_BHTD = _causal(query_BHTD, key_BKTD, value_BKTD, scaling, dropout)

@@ -23,6 +23,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lit_tune.errors import InputError, NonFiniteError
+from lit_tune.generate import generate
 from lit_tune.modules import load
 from lit_tune.modules.load import Quantize
 from lit_tune.modules.lora import Lora, apply_lora, count_parameters, is_adapter_parameter, load_adapter
@@ -60,7 +61,14 @@ def storage_dtype(precision: str, *, trains: bool) -> torch.dtype:
 
 
 def build_model(
-    directory: str, *, method: Method, lora: Lora, adapter: str | None, quantize: Quantize, precision: str, attention: str
+    directory: str,
+    *,
+    method: Method,
+    lora: Lora,
+    adapter: str | None,
+    quantize: Quantize,
+    precision: str,
+    attention: str,
 ) -> PreTrainedModel | PeftModel:
     """Load the base of `directory` and make it ready to train by `method`; the one place where the methods part."""
     model = load.load_llama(
@@ -102,7 +110,7 @@ class LlamaTuner(LightningModule):
         method: Method = "lora",
         quantize: Quantize = "none",
         adapter: str | None = None,
-        lora: Lora | None = None,
+        lora: Lora = Lora(),  # noqa: B008  # never changed; so that --help and --print_config show its settings
         learning_rate: float | None = None,
         optimizer: OptimizerName = "adamw",
         weight_decay: float = 0.0,
@@ -121,7 +129,7 @@ class LlamaTuner(LightningModule):
         self.method = method
         self.quantize = quantize
         self.adapter = adapter
-        self.lora = lora or Lora()
+        self.lora = lora
         self.learning_rate = DEFAULT_LEARNING_RATE[method] if learning_rate is None else learning_rate
         self.optimizer = optimizer
         self.weight_decay = weight_decay
@@ -166,7 +174,7 @@ class LlamaTuner(LightningModule):
             attention=self.attention,
         )
         if self.gradient_checkpointing == "full":
-            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             # With a frozen base no input of a layer requires a gradient, and a checkpointed layer would give none.
             self.causal_lm.enable_input_require_grads()
         if self.method == "lora":
@@ -215,12 +223,12 @@ class LlamaTuner(LightningModule):
         self._step_nll = self._step_nll + nll.detach().double()
         if batch["last_of_step"]:
             self._close_step(batch["step_supervised"], batch["step"])
-        # Lightning divides by the accumulation, and DDP's and FSDP's averages by the world: undo both, divide by tokens.
+        # Lightning divides by the accumulation, DDP's and FSDP's averages by the world: undo both, divide by tokens.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["step_supervised"]
         return {"loss": nll * scale, "nll_sum": nll.detach()}
 
     def _close_step(self, supervised: int, step: int) -> None:
-        """Log the loss of the optimizer step, a per-token mean over all its micro-batches and ranks; stop if not finite."""
+        """Log the loss of the optimizer step, the mean over its tokens of all ranks; it must be finite."""
         total = self.trainer.strategy.reduce(self._step_nll, reduce_op="sum")
         loss = float(total) / supervised
         self._step_nll = 0.0
@@ -271,7 +279,8 @@ class LlamaTuner(LightningModule):
             weight_decay=self.weight_decay,
             fused=not str(self.trainer.precision).startswith("16"),
         )
-        total = self._total_steps()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        total = data.total_steps()
         warmup = warmup_steps(self.warmup, total)
 
         def factor(step: int) -> float:
@@ -281,16 +290,6 @@ class LlamaTuner(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
         }
-
-    def _total_steps(self) -> int:
-        """Return the optimizer steps of the whole run: of its epochs, or `max_steps` if that is less."""
-        # NOTE: not trainer.estimated_stepping_batches: touching it here drops the loader's state on resume (pl#20550).
-        data: Any = getattr(self.trainer, "datamodule", None)
-        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
-        if epochs is None or epochs < 0:
-            return max(1, steps)
-        by_epochs: int = data.optimizer_steps(epochs)
-        return max(1, min(by_epochs, steps) if steps >= 0 else by_epochs)
 
     # -- validation --------------------------------------------------------------------------------------------------
 
@@ -317,10 +316,21 @@ class LlamaTuner(LightningModule):
         self.log(f"{stage}/loss", loss, prog_bar=stage == "val")
         self.log(f"{stage}/perplexity", loss.exp())
 
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[list[int]]:
+        """Return the answers (token ids, without the token that ended them) to a batch of `prompts`."""
+        return generate(
+            self.model,
+            batch["prompts"],
+            max_new_tokens=batch["max_new_tokens"],
+            stop_token_ids=batch["stop_token_ids"],
+            pad_token_id=batch["pad_token_id"],
+        )
+
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     @override
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         if self.method == "fft":
             return state

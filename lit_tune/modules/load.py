@@ -54,7 +54,10 @@ def load_config(base: str) -> PreTrainedConfig:
     shape = None if Path(base).is_dir() else known_shape(base)
     if shape is not None:
         return LlamaConfig(**shape)
-    return AutoConfig.from_pretrained(base_directory(base), local_files_only=True, trust_remote_code=False)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        base_directory(base), local_files_only=True, trust_remote_code=False
+    )
+    return config
 
 
 def base_directory(base: str) -> str:
@@ -136,7 +139,7 @@ def _out_of_reach(base: str, error: Exception) -> InputError:
 
 
 def fingerprint(directory: str) -> str:
-    """Return a short hash that tells base models apart: config, sizes, and slices of the weights; reads under 2 MB a file.
+    """Return a short hash that tells base models apart: of config, sizes, and slices of the weights.
 
     Not a checksum of all weights: hashing 140 GB before every run would take minutes.
     """
@@ -170,7 +173,7 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def load_llama(
@@ -205,7 +208,8 @@ def load_llama(
             f"model.base: {directory} cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error
     # NOTE: from_pretrained returns eval mode and Lightning's fit keeps it: no dropout, and no gradient checkpointing.
-    return model.train()
+    model.train()
+    return model
 
 
 def quantization(quantize: Quantize, dtype: torch.dtype) -> Any:
@@ -230,7 +234,7 @@ def quantization(quantize: Quantize, dtype: torch.dtype) -> Any:
 def _silence_loading() -> None:
     from transformers.utils import logging as hf_logging  # noqa: PLC0415
 
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

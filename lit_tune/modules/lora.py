@@ -1,8 +1,8 @@
 """LoRA: small trainable matrices beside frozen weights, put there by PEFT.
 
 A frozen weight `W` of shape (out, in) gets `B @ A` added, with `A` (rank, in) and `B` (out, rank). Only A and B need
-gradients and optimizer state, so both cost `rank * (in + out)` instead of `in * out` parameters a layer. Paper: Hu et al.,
-"LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+gradients and optimizer state, so both cost `rank * (in + out)` instead of `in * out` parameters a layer. Paper: Hu et
+al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Lora:
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """Return the last name parts of the linear layers inside the decoder, such as `q_proj`; sorted, without the head."""
+    """Return the short names of the decoder's linear layers, such as `q_proj`; sorted, without the head."""
     head = model.get_output_embeddings()
     return sorted(
         {

@@ -1,8 +1,8 @@
 """The loss: token cross-entropies summed over supervised positions, their logits computed in chunks.
 
-Only supervised positions get logits: the prompt's rows, often half of all, cost nothing. The logits of a chunk are made,
-used and dropped, and made again in the backward pass, so that their memory is bounded (`MAX_LOGITS_BYTES`) whatever the
-vocabulary and the batch; a micro-batch that fits in one chunk pays no recomputation.
+Only supervised positions get logits: the prompt's rows, often half of all, cost nothing. The logits of a chunk are
+made, used and dropped, and made again in the backward pass, so that their memory is bounded (`MAX_LOGITS_BYTES`)
+whatever the vocabulary and the batch; a micro-batch that fits in one chunk pays no recomputation.
 
 The sum is divided later, once, by the supervised tokens of the whole optimizer step: a mean of micro-batch means would
 weigh a token by the length of its neighbours.

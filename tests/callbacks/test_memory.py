@@ -121,8 +121,13 @@ def test_peak_without_the_kernels_figure_is_that_of_getrusage() -> None:
 
 
 def test_children_are_looked_for_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    monkeypatch.setattr("lit_tune.callbacks.memory.tree_rss_bytes", lambda process: seen.append(1) or 5 * GIB)
+    seen: list[psutil.Process] = []
+
+    def tree_rss(process: psutil.Process) -> int:
+        seen.append(process)
+        return 5 * GIB
+
+    monkeypatch.setattr("lit_tune.callbacks.memory.tree_rss_bytes", tree_rss)
     monitor, clock = MemoryMonitor(), FakeClock()
     monitor.clock = clock
     for seconds in (0.0, 0.4, 0.4, 0.4):

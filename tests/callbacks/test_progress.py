@@ -105,6 +105,13 @@ def test_validation_alone_counts_its_batches(tmp_path: Path) -> None:
     assert out.getvalue().splitlines() == ["Validation 1/2", "Validation 2/2"]
 
 
+def test_no_step_is_shown_twice(tmp_path: Path) -> None:
+    bar, _, out = plain_bar(refresh_seconds=0.0)
+    make_trainer(tmp_path, [bar]).fit(TinyModule(), TinyLoader([8, 8]))
+    counts = [line.split(" · ")[0] for line in out.getvalue().splitlines()]
+    assert counts == ["Training 0/2", "Training 1/2", "Training 2/2"]
+
+
 def test_other_ranks_are_silent(tmp_path: Path) -> None:
     bar, _, out = plain_bar(refresh_seconds=0.0)
     bar.disable()
@@ -137,6 +144,14 @@ def test_live_lines_are_whole(width: int) -> None:
     bar, below = terminal.getvalue().split("Training")[-1].splitlines()[:2]
     assert "40/1200" in bar
     assert below == status
+
+
+def test_live_bar_without_a_known_total() -> None:
+    terminal = Terminal()
+    display = LiveDisplay(Console(file=terminal, width=80, force_terminal=True, color_system=None))
+    display.show("Training", completed=4, total=None, status="")
+    display.close()
+    assert "4/?" in terminal.getvalue()
 
 
 def test_a_log_file_gets_plain_lines_even_if_colours_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugin_util import markdown_to_safe_html
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
+from tensorboard.plugin_util import markdown_to_safe_html  # type: ignore[import-untyped]
 
 from lit_tune.callbacks import samples as samples_module
 from lit_tune.callbacks.samples import Samples, literal_markdown, sample_markdown

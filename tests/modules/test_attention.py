@@ -1,5 +1,7 @@
 """Packed rows against single samples through transformers' eager attention."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -59,7 +61,7 @@ def test_varlen_kernel_equals_per_sample_calls() -> None:
     total = sum(LENGTHS)
     query, key, value = (torch.randn(1, heads, total, 64, device="cuda").bfloat16() for heads in (4, 2, 2))
     module = torch.nn.Module()
-    settings = {"scaling": 0.125, "cu_seq_lens_q": cu, "max_length_q": max(LENGTHS)}
+    settings: dict[str, Any] = {"scaling": 0.125, "cu_seq_lens_q": cu, "max_length_q": max(LENGTHS)}
     fast, _ = attention.packed_attention(module, query, key, value, None, **settings)
     exact, _ = attention.packed_attention(module, query.float(), key.float(), value.float(), None, **settings)
     torch.testing.assert_close(fast.float(), exact, rtol=2e-2, atol=2e-2)  # bf16 has 8 bits

@@ -8,7 +8,9 @@ from lit_tune.errors import InputError
 from lit_tune.modules.optim import ScheduleName, learning_rate_factor, make_optimizer, parameter_groups, warmup_steps
 
 
-@pytest.mark.parametrize(("name", "reference"), [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)])
+@pytest.mark.parametrize(
+    ("name", "reference"), [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)]
+)
 def test_decay_equals_transformers(name: ScheduleName, reference: object) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = reference(optimizer, num_warmup_steps=10, num_training_steps=50)  # type: ignore[operator]

@@ -1,0 +1,1 @@
+"""Measured claims: each script prints what README and BENCHMARKS.md say."""

@@ -1,0 +1,140 @@
+"""Looking before running: `lit-tune data`, `lit-tune configs`, `lit-tune env`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lit_tune import recipes
+from lit_tune.errors import InputError
+
+if TYPE_CHECKING:
+    from lit_tune.data.instruct import Prepared
+
+# In the order in which a maintainer wants to read them.
+PACKAGES = [
+    *("lit-tune", "torch", "lightning", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers"),
+    *("safetensors", "torchmetrics", "tensorboard", "jsonargparse", "numpy"),
+]
+GIB = 1024**3
+
+
+# -- lit-tune data -----------------------------------------------------------------------------------------------------
+
+
+def data(arguments: list[str]) -> None:
+    """Show what training will see of the records: takes every setting of `fit`, and --show with sample numbers."""
+    from lit_tune.run import build  # noqa: PLC0415  # imports torch and lightning
+
+    built = build(arguments, description="Show what training will see of the records.", options=_add_options)
+    show = built.settings["show"]
+    prepared = built.datamodule.prepare(built.model.load_tokenizer)
+    print_data(Console(highlight=False), prepared, path=built.datamodule.path, show=show)
+
+
+def _add_options(parser: Any) -> None:
+    parser.add_argument(
+        "--show", type=list[int], default=[0], help="Numbers of the samples to print token by token, such as [0,17]."
+    )
+
+
+def print_data(console: Console, prepared: Prepared, *, path: str, show: list[int]) -> None:
+    """Print figures and a histogram of the training samples, and some of them token by token.
+
+    Raises:
+        InputError: A number in `show` is not that of a sample.
+    """
+    from lit_tune.data.describe import colour, describe, render  # noqa: PLC0415
+
+    samples = len(prepared.train)
+    if wrong := [number for number in show if not 0 <= number < samples]:
+        raise InputError(f"--show: there is no sample {wrong[0]}; {path} gives 0 to {samples - 1}.")
+    console.print(f"Data {path}, template {prepared.template.name}", style="bold")
+    render(describe(prepared.train), console)
+    if prepared.val is not None:
+        console.print("\nHeld out", style="bold")
+        render(describe(prepared.val), console)
+    for number in show:
+        tokens, labels = prepared.train.sample(number)
+        record = int(prepared.train.ids[number])
+        console.print(f"\nSample {number} (record {record}): ⟦supervised⟧, the rest is masked", style="bold")
+        console.print(colour(tokens.tolist(), labels.tolist(), prepared.tokenizer))
+
+
+# -- lit-tune configs --------------------------------------------------------------------------------------------------
+
+
+def configs(arguments: list[str]) -> None:
+    """List the recipes that come with the package."""
+    if _asks_for_help(arguments, "configs", "List the recipes that come with lit-tune, for --config NAME."):
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, path in recipes.shipped().items():
+        table.add_row(name, Text(recipes.purpose(path)))
+    Console(highlight=False).print(table)
+
+
+# -- lit-tune env ------------------------------------------------------------------------------------------------------
+
+
+def env(arguments: list[str]) -> None:
+    """Print versions, devices and memory, without names, paths or secrets."""
+    if _asks_for_help(arguments, "env", "Print versions, devices and memory, for a bug report; no names, no secrets."):
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in environment().items():
+        table.add_row(name, Text(value))
+    Console(highlight=False).print(table)
+
+
+def environment() -> dict[str, str]:
+    """Return what a bug report needs by name."""
+    import psutil  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    cores = len(os.sched_getaffinity(0))
+    found = {
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        **{package: _installed(package) for package in PACKAGES},
+        "cpu": f"{cores} usable cores, {torch.get_num_threads()} torch threads",
+        "memory": f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available",
+        "disk here": f"{disk.free / GIB:.1f} GiB free",
+        "cuda": str(torch.version.cuda or "none in this torch"),
+    }
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        found[f"gpu {index}"] = f"{properties.name}, {total / GIB:.1f} GiB, {free / GIB:.1f} GiB free"
+    return found
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _asks_for_help(arguments: list[str], command: str, text: str) -> bool:
+    """Answer `--help` of a tool without settings; refuse anything else."""
+    if not arguments:
+        return False
+    if arguments[0] in ("-h", "--help"):
+        sys.stdout.write(f"usage: lit-tune {command}\n\n{text}\n")
+        return True
+    raise InputError(f"lit-tune {command} takes no settings, but was given {arguments[0]!r}.")
