@@ -51,9 +51,11 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
             _sync_directory(path.parent)
         finally:
             partial.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer turns a full disk into a RuntimeError about positions in the file.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise SaveError(
-            f"{path}: the checkpoint could not be written ({error}); free space there and continue."
+            f"{path}: the checkpoint could not be written ({reason}); free space there and continue."
         ) from error
 
 

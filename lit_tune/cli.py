@@ -92,10 +92,10 @@ def exit_code(action: Callable[[], Any]) -> int:
         # A launched process ends quietly: its parent speaks, and takes another code than 0 for a crash.
         return _say(f"stopped by {name}{saved}", stop.exit_code) if _speaks() else 0
     except MemoryError as error:
-        return _say(f"out of host memory: {error}. {_LESS_MEMORY}", 3)
+        return _say(f"out of host memory: {error}. {_LESS_MEMORY}", 3, on_any_rank=True)
     except RuntimeError as error:
         if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
-            return _say(f"out of memory: {str(error).splitlines()[0]} {_LESS_MEMORY}", 3)
+            return _say(f"out of memory: {str(error).splitlines()[0]} {_LESS_MEMORY}", 3, on_any_rank=True)
         raise
     return 0
 
@@ -106,8 +106,9 @@ _LESS_MEMORY = (
 )
 
 
-def _say(text: str, code: int) -> int:
-    if _speaks():
+def _say(text: str, code: int, *, on_any_rank: bool = False) -> int:
+    """Print a fault, on rank 0 alone where every rank has the same, and return its exit code."""
+    if on_any_rank or _speaks():
         print(f"lit-tune: {text}", file=sys.stderr, flush=True)
     return code
 

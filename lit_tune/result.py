@@ -5,12 +5,13 @@ Written beside its place and renamed, then read back: an empty or half-written r
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lit_tune.data.instruct import InstructData
 from lit_tune.errors import SaveError
@@ -38,10 +39,12 @@ def save_result(module: LlamaTuner, data: InstructData, directory: Path, *, prec
         _verify(partial)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise SaveError(
             f"{directory}: the result could not be written ({error}); the checkpoints are intact."
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save_model(module: LlamaTuner, data: InstructData, directory: Path, precision: str) -> None:
@@ -56,19 +59,44 @@ def _save_model(module: LlamaTuner, data: InstructData, directory: Path, precisi
     dtype = compute_dtype(precision)
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     model.save_pretrained(str(directory), state_dict=state)
+    # NOTE: transformers has written the dtype of the model in memory, in which it would load the weights again.
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.save_pretrained(str(directory))
 
 
 def _save_tokenizer(data: InstructData, directory: Path) -> None:
     assert data.prepared is not None
-    tokenizer, template = data.prepared.tokenizer, data.prepared.template
+    tokenizer = data.prepared.tokenizer
     original = tokenizer.chat_template
     try:
-        # So that `tokenizer.apply_chat_template` of any tool makes the prompts that the model was trained on.
-        tokenizer.chat_template = template.source
+        tokenizer.chat_template = _chat_template(data)
+        (directory / TEMPLATE_FILE).write_text(tokenizer.chat_template)
         tokenizer.save_pretrained(str(directory))
     finally:
         tokenizer.chat_template = original
-    (directory / TEMPLATE_FILE).write_text(template.source)
+
+
+def _chat_template(data: InstructData) -> str:
+    """Return the template with which `tokenizer.apply_chat_template` of any tool makes the prompts of training.
+
+    It adds no bos, and SentencePiece writes no space before a word behind one; where the tokenizer did that by itself in
+    training, it has to stand in the template. Which of it, is found by trying.
+    """
+    assert data.prepared is not None
+    tokenizer, source = data.prepared.tokenizer, data.prepared.template.source
+    for start in ("", "{{ bos_token }}", "{{ bos_token + ' ' }}"):
+        # The comment takes the line break with it: a template may begin with an indented block.
+        candidate = f"{start}{{# before every text, as in training #}}\n{source}" if start else source
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "x"}],
+            chat_template=candidate,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        if prompt == data.encode_prompt("x"):
+            return candidate
+    return source  # one that looks at today's date, for example
 
 
 def _verify(directory: Path) -> None:
@@ -80,6 +108,6 @@ def _verify(directory: Path) -> None:
             for name in weights.keys():  # noqa: SIM118  # a safetensors file is no dict
                 tensors += 1
                 if not bool(torch.isfinite(weights.get_tensor(name)).all()):
-                    raise SaveError(f"{file.name}: {name} holds NaN or infinite values; the checkpoints are intact.")
+                    raise SaveError(f"{file.name}: {name} holds NaN or infinite values")
     if not tensors:
-        raise SaveError("the result holds no weights; the checkpoints are intact.")
+        raise SaveError("it holds no weights")

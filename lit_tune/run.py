@@ -34,11 +34,12 @@ from lit_tune.callbacks.samples import Samples
 from lit_tune.callbacks.stop import GracefulStop
 from lit_tune.callbacks.summary import RunSummary, SampleChange, print_summary
 from lit_tune.callbacks.throughput import Throughput
-from lit_tune.data.instruct import InstructData
+from lit_tune.data.instruct import InstructData, Prepared
 from lit_tune.errors import InputError
 from lit_tune.logs import FILE as METRICS_FILE
 from lit_tune.logs import MetricsCsv
 from lit_tune.modules.llama import LlamaTuner
+from lit_tune.modules.load import load_config
 from lit_tune.parser import TuneParser, restrict_imports
 from lit_tune.quiet import quieten
 from lit_tune.result import save_result
@@ -187,6 +188,7 @@ class TuneCLI(LightningCLI):
     ) -> None:
         self.recipe = recipe
         self._options = options
+        self._command = arguments[0] if run else "fit"
         self.console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=not is_main_process())
         self.resumed_from: Path | None = None
         self.directory: Path | None = None
@@ -211,6 +213,12 @@ class TuneCLI(LightningCLI):
             parser_kwargs={"description": description},
             auto_configure_optimizers=False,
         )
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in LightningCLI, called on self
+        # Only the one that was asked for: each of the four parsers takes a third of a second to build.
+        known = super().subcommands()
+        return {self._command: known[self._command]}
 
     # -- settings ----------------------------------------------------------------------------------------------------
 
@@ -369,6 +377,7 @@ class TuneCLI(LightningCLI):
     def prepare(self) -> None:
         """Fetch the base, tokenise the data and hand the callbacks what they need."""
         ready = self.datamodule.prepare(self.model.load_tokenizer)
+        self._check_context(ready)
         samples = self._get(self.config_init, "samples")
         samples.bind(
             encode_prompt=self.datamodule.encode_prompt,
@@ -378,6 +387,16 @@ class TuneCLI(LightningCLI):
             before_sampling=self.throughput.pause,
         )
         self.samples = samples
+
+    def _check_context(self, ready: Prepared) -> None:
+        """Refuse samples that are longer than the positions the model knows."""
+        context = getattr(load_config(self.model.base), "max_position_embeddings", None)
+        longest = int(ready.train.lengths.max())
+        if context is not None and longest > context:
+            raise InputError(
+                f"data.max_length {self.datamodule.max_length} lets in a sample of {longest} tokens, but "
+                f"{self.model.base} has a context of {context}; lower data.max_length to that."
+            )
 
     def fit(self, model: LlamaTuner, datamodule: InstructData, **kwargs: Any) -> None:
         """Train, then save the result and print the summary."""
@@ -390,9 +409,16 @@ class TuneCLI(LightningCLI):
 
     def _announce(self) -> None:
         ready = self.datamodule.prepare(self.model.load_tokenizer)
-        held_out = f", {len(ready.val):,} held out" if ready.val is not None else ""
+        counts = ready.train.counts
+        remarks = {
+            "held out": len(ready.val) if ready.val is not None else 0,
+            "dropped: too long": counts["dropped"],
+            "truncated": counts["truncated"],
+            "left out: no output": counts["empty"],
+        }
+        said = "".join(f", {number:,} {what}" for what, number in remarks.items() if number)
         self.console.print(f"Run {self.directory}: {self.model.method} of {self.model.base}, {self.trainer.precision}")
-        self.console.print(f"Data {self.datamodule.path}: {len(ready.train):,} samples{held_out}")
+        self.console.print(f"Data {self.datamodule.path}: {len(ready.train):,} samples{said}")
         if self.resumed_from:
             self.console.print(f"Going on from {self.resumed_from} (optimizer step {self._resumed['global_step']})")
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from tests.tiny import tiny_tokenizer
 
 VOCABULARY = 300  # the byte tokenizer's 256 and room for special tokens
 
@@ -28,4 +30,12 @@ def tiny_llama(*, vocabulary: int = VOCABULARY, tied: bool = False, seed: int = 
 def save_tiny_llama(directory: Path, *, vocabulary: int = VOCABULARY) -> Path:
     """Write the tiny Llama to `directory` as safetensors, without a tokenizer."""
     tiny_llama(vocabulary=vocabulary).save_pretrained(directory)
+    return directory
+
+
+def tiny_base(directory: Path, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+    """Write a complete base to `directory`: the tiny Llama with a vocabulary that fits, and its tokenizer."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    tiny_llama(vocabulary=len(tokenizer), seed=seed).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory

@@ -67,7 +67,8 @@ class Checkpoint(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("val/loss")
-        if not trainer.training and loss is not None and trainer.state.fn == "fit" and float(loss) < self.best_loss:
+        counts = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if counts and loss is not None and float(loss) < self.best_loss:
             self.best_loss = float(loss)
             self._improved = True
             if not trainer.is_last_batch:

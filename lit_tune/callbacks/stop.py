@@ -66,7 +66,8 @@ class GracefulStop(Callback):
         self._end_if_asked()
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # NOTE: not in teardown: by then Lightning has put back what was there before the run, and would be undone.
         self._restore()
 
     def _end_if_asked(self) -> None:

@@ -26,7 +26,14 @@ from lit_tune.errors import InputError, NonFiniteError
 from lit_tune.generate import generate
 from lit_tune.modules import load
 from lit_tune.modules.load import Quantize
-from lit_tune.modules.lora import Lora, apply_lora, count_parameters, is_adapter_parameter, load_adapter
+from lit_tune.modules.lora import (
+    Lora,
+    apply_lora,
+    count_parameters,
+    is_adapter_parameter,
+    keep_activations_half,
+    load_adapter,
+)
 from lit_tune.modules.loss import nll_sum
 from lit_tune.modules.optim import (
     OptimizerName,
@@ -79,7 +86,8 @@ def build_model(
     )
     if method == "lora":
         return load_adapter(model, adapter) if adapter else apply_lora(model, lora)
-    return load_adapter(model, adapter).merge_and_unload() if adapter else model
+    # PEFT has frozen the base; merged, all of it trains.
+    return load_adapter(model, adapter).merge_and_unload().requires_grad_(True) if adapter else model
 
 
 class LlamaTuner(LightningModule):
@@ -179,6 +187,8 @@ class LlamaTuner(LightningModule):
             self.causal_lm.enable_input_require_grads()
         if self.method == "lora":
             self._keep_adapters_fp32()
+        if compute_dtype(str(self.trainer.precision)) in (torch.bfloat16, torch.float16):
+            keep_activations_half(self.model)
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -91,12 +91,25 @@ def _checked(directory: str) -> str:
     if not (folder / "config.json").is_file():
         hint = " It is an adapter: name it as model.adapter." if (folder / "adapter_config.json").is_file() else ""
         raise InputError(f"model.base: {directory} holds no config.json, so it is no transformers model.{hint}")
+    _check_causal_lm(folder)
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             f"model.base: {directory} holds no safetensors; weights are never read from pickles (.bin, .pt). "
             "Convert them once with `save_pretrained` of a transformers that you trust."
         )
     return directory
+
+
+def _check_causal_lm(folder: Path) -> None:
+    try:
+        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(f"model.base: {folder}/config.json is no JSON object: {_first_line(error)}") from error
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise InputError(
+            f"model.base: {folder} is a {architectures[0]}, not a causal language model; "
+            "name a LLaMA-family model, such as a LlamaForCausalLM."
+        )
 
 
 def _hub_snapshot(base: str) -> str:

