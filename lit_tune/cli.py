@@ -7,8 +7,10 @@ failed, 5 loss not finite, 130 SIGINT, 143 SIGTERM. Imports are made where they 
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
@@ -100,6 +102,7 @@ def exit_code(action: Callable[[], Any]) -> int:
     return 0
 
 
+PATIENCE_S = 15.0
 _LESS_MEMORY = (
     "Lower data.micro_batch_size (and raise trainer.accumulate_grad_batches), lower data.max_length, set "
     "model.gradient_checkpointing full, or train with model.method lora."
@@ -110,12 +113,22 @@ def _say(text: str, code: int, *, on_any_rank: bool = False) -> int:
     """Print a fault, on rank 0 alone where every rank has the same, and return its exit code."""
     if on_any_rank or _speaks():
         print(f"lit-tune: {text}", file=sys.stderr, flush=True)
+    elif os.environ.get("LOCAL_RANK", "0") != "0":
+        _let_parent_speak()
     return code
 
 
-def _speaks() -> bool:
-    import os  # noqa: PLC0415
+def _let_parent_speak() -> None:
+    """Wait a moment for rank 0 to end with the same fault.
 
+    NOTE: when a launched process ends with a fault, Lightning kills its parent outright, before it has said anything.
+    """
+    parent, deadline = os.getppid(), time.monotonic() + PATIENCE_S
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
 
 

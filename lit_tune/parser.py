@@ -23,11 +23,14 @@ _UNKNOWN = (
     re.compile(r"[Kk]ey [\"'](?P<key>[^\"']+)[\"'] is not expected"),
     re.compile(r"No action for (?:destination )?key [\"'](?P<key>[^\"']+)[\"']"),
     re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
+    re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'"),
+    re.compile(r"Subcommand '[^']+' does not accept option '(?P<key>[^']+)'"),
 )
 
 # How jsonargparse words a value of the wrong type.
 _BAD_VALUE = re.compile(r"[Pp]arser key [\"'](?P<key>[^\"']+)[\"']:\s*(?P<rest>.*)", re.DOTALL)
-_GOT = re.compile(r"(?:Got value|Given value):\s*(?P<value>.*)\s*$")
+_GOT = re.compile(r"(?:Got value|Given value type:.*\n\s*Given value):\s*(?P<value>.*)\s*$")
+_CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)':\s*(?P<reason>.*)")
 _LITERAL = re.compile(r"Literal\[([^\]]*)\]")
 _TYPE = re.compile(r"<class '([^']+)'>")
 
@@ -64,7 +67,7 @@ def explain(message: str, keys: list[str]) -> str:
     """Turn a message of jsonargparse into one line; `keys` are the settings to suggest from."""
     for pattern in _UNKNOWN:
         if found := pattern.search(message):
-            key = found["key"].lstrip("-")
+            key = ".".join(filter(None, [found.groupdict().get("group"), found["key"].lstrip("-")]))
             return f"there is no setting {key!r}.{suggestion(key, keys)} `--help` lists all."
     if found := _BAD_VALUE.search(message):
         return f"{found['key']}: {bad_value(found['rest'])}"
@@ -73,17 +76,21 @@ def explain(message: str, keys: list[str]) -> str:
 
 def bad_value(text: str) -> str:
     """Turn what jsonargparse says of a value into the value and what would be right."""
+    if refused := _CLASS.search(text):
+        denied = "is not allowed" in refused["reason"]
+        allowed = f"a configuration may name classes of {', '.join(ALLOWED_PATHS)}, except LambdaCallback"
+        return f"{refused['path']!r} cannot be used: {allowed if denied else refused['reason']}."
     got = _GOT.search(text)
     if got is None:
         return one_line(text)
-    value = got["value"].strip()
-    choices = [choice.strip(" '\"") for listed in _LITERAL.findall(text) for choice in listed.split(",")]
+    value, wanted = got["value"].strip(), text[: got.start()]
+    choices = [choice.strip(" '\"") for listed in _LITERAL.findall(wanted) for choice in listed.split(",")]
+    types = [name.rsplit(".", 1)[-1] for name in dict.fromkeys(_TYPE.findall(wanted)) if name != "NoneType"]
     if choices:
         distinct = list(dict.fromkeys(choices))
         near = difflib.get_close_matches(value, distinct, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"{value!r} is not valid; use one of {', '.join(distinct)}.{hint}"
-    types = [name.rsplit(".", 1)[-1] for name in dict.fromkeys(_TYPE.findall(text)) if name != "NoneType"]
+        return f"{value!r} is not valid; use one of {', '.join([*distinct, *types])}.{hint}"
     return f"{value!r} is not valid; it takes {' or '.join(types)}." if types else one_line(text)
 
 

@@ -12,6 +12,7 @@ HARMLESS = (
     ".*gradient_checkpointing(_enable)?. is deprecated.*",  # its new name needs a newer transformers than our floor
     ".*Total length of .* across ranks is zero.*",
     ".*exists and is not empty.*",
+    ".*It is recommended to use .*sync_dist=True.*",  # what is logged is the same on all ranks already
     ".*No device id is provided.*",
     ".*smaller than the logging interval.*",
     ".*torch.jit.script.* is deprecated.*",

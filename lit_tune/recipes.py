@@ -6,6 +6,8 @@ import difflib
 from importlib import resources
 from pathlib import Path
 
+import yaml
+
 from lit_tune.errors import InputError
 
 FLAGS = ("--config", "-c")
@@ -37,8 +39,28 @@ def find(name: str) -> Path:
     )
 
 
+def check_syntax(path: Path) -> None:
+    """Refuse a configuration that is no YAML, with the place of the fault.
+
+    Raises:
+        InputError: The file cannot be read as text, or not as YAML.
+    """
+    try:
+        yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"{place}: this is no YAML: {error.problem or error.context}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: this is no YAML: {str(error).splitlines()[0]}") from error
+
+
 def expand(arguments: list[str]) -> tuple[list[str], list[Path]]:
-    """Return the command line with every --config value replaced by its path, and these paths."""
+    """Return the command line with every --config value replaced by its path, and these paths.
+
+    Raises:
+        InputError: One is not found, or is no YAML.
+    """
     expanded, found = [], []
     expects_value = False
     for argument in arguments:
@@ -52,6 +74,8 @@ def expand(arguments: list[str]) -> tuple[list[str], list[Path]]:
         else:
             expanded.append(argument)
         expects_value = argument in FLAGS
+    for path in found:
+        check_syntax(path)
     return expanded, found
 
 

@@ -80,8 +80,8 @@ def _save_tokenizer(data: InstructData, directory: Path) -> None:
 def _chat_template(data: InstructData) -> str:
     """Return the template with which `tokenizer.apply_chat_template` of any tool makes the prompts of training.
 
-    It adds no bos, and SentencePiece writes no space before a word behind one; where the tokenizer did that by itself in
-    training, it has to stand in the template. Which of it, is found by trying.
+    It adds no bos, and SentencePiece writes no space before a word behind one; where the tokenizer did that by itself
+    in training, it has to stand in the template. Which of it, is found by trying.
     """
     assert data.prepared is not None
     tokenizer, source = data.prepared.tokenizer, data.prepared.template.source

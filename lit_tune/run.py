@@ -132,12 +132,12 @@ def _as_list(value: Any) -> list[Any]:
 # -- hardware ----------------------------------------------------------------------------------------------------------
 
 
-def default_precision() -> str:
+def default_precision(accelerator: Any = "auto") -> str:
     """Return the precision taken when none is given: bf16-mixed where the device computes in bf16, else 32-true.
 
     On a CPU without matrix units for bf16 (AMX) it is emulated and 3.5 times slower than fp32.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and accelerator != "cpu":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16-mixed" if capabilities.get("amx_bf16") else "32-true"
@@ -167,8 +167,11 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Do nothing yet: a continuation that is refused must leave the run's configuration as it is."""
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class TuneCLI(LightningCLI):
@@ -259,12 +262,12 @@ class TuneCLI(LightningCLI):
         trainer = settings["trainer"]
         check_devices(trainer["accelerator"], trainer["devices"])
         if trainer["precision"] is None:
-            trainer["precision"] = default_precision()
+            trainer["precision"] = default_precision(trainer["accelerator"])
         root = Path(trainer["default_root_dir"] or ".") / RUNS
         wanted = settings["name"] or (self.recipe.stem if self.recipe else settings["model"]["method"])
         if self.subcommand and settings.get("ckpt_path"):
             self._find_checkpoint(root, check_name(wanted))
-        if self.subcommand == "fit":
+        if self.subcommand == "fit" and not trainer["fast_dev_run"]:
             self.directory = self._claim_directory(root, check_name(wanted))
             settings["name"] = self.directory.name
 
@@ -402,7 +405,7 @@ class TuneCLI(LightningCLI):
         """Train, then save the result and print the summary."""
         self._announce()
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
-        if self.trainer.is_global_zero and self.directory is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero and self.directory is not None:
             save_result(model, datamodule, self.directory / RESULT, precision=str(self.trainer.precision))
             self._log_hyperparameters()
             print_summary(self.console, self._summary())
@@ -417,7 +420,8 @@ class TuneCLI(LightningCLI):
             "left out: no output": counts["empty"],
         }
         said = "".join(f", {number:,} {what}" for what, number in remarks.items() if number)
-        self.console.print(f"Run {self.directory}: {self.model.method} of {self.model.base}, {self.trainer.precision}")
+        run = self.directory or "for a look (fast_dev_run), nothing is kept"
+        self.console.print(f"Run {run}: {self.model.method} of {self.model.base}, {self.trainer.precision}")
         self.console.print(f"Data {self.datamodule.path}: {len(ready.train):,} samples{said}")
         if self.resumed_from:
             self.console.print(f"Going on from {self.resumed_from} (optimizer step {self._resumed['global_step']})")
@@ -437,7 +441,8 @@ class TuneCLI(LightningCLI):
         }
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(settings, metrics, step=self.trainer.global_step)
+                logger.log_hyperparams(settings, metrics, step=self.trainer.global_step - 1)
+                logger.finalize("success")  # it has opened its file again
 
     def _summary(self) -> RunSummary:
         assert self.directory is not None
@@ -473,6 +478,17 @@ class TuneCLI(LightningCLI):
             places=[(what, str(path)) for what, path in places],
             next_command=f"tensorboard --logdir {shlex.quote(str(run.parent))}",
         )
+
+    # -- validate, test ----------------------------------------------------------------------------------------------
+
+    def before_validate(self) -> None:
+        """Refuse to measure nothing."""
+        if self.datamodule.prepare(self.model.load_tokenizer).val is None:
+            raise InputError(
+                "there are no held-out records to measure on: set data.val_path, or data.val_fraction as in training."
+            )
+
+    before_test = before_validate
 
     # -- predict -----------------------------------------------------------------------------------------------------
 

@@ -293,9 +293,7 @@ def test_added_bytes_are_noticed(path: Path) -> None:
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: whole[:99] + b"?" + whole[100:]])
 def test_a_damaged_file_is_never_loaded(path: Path, damage: Callable[[bytes], bytes]) -> None:
     path.write_bytes(damage(path.read_bytes()))
-    assert refusal(path) == (
-        f"ckpt_path: {path} is damaged or no checkpoint of lit-tune: its checksum does not match."
-    )
+    assert refusal(path) == (f"ckpt_path: {path} is damaged or no checkpoint of lit-tune: its checksum does not match.")
 
 
 def test_a_file_of_torchs_own_is_refused(path: Path) -> None:

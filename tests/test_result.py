@@ -56,8 +56,8 @@ def trained(
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     """Return the logits [1, T, V] of some tokens."""
-    ids: Tensor = model.eval()(input_ids=torch.arange(3, 60)[None]).logits
-    return ids
+    logits_BTV: Tensor = model.eval()(input_ids=torch.arange(3, 60)[None]).logits
+    return logits_BTV
 
 
 # Adapters -------------------------------------------------------------------------------------------------------------
@@ -73,10 +73,9 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(
     plain = AutoModelForCausalLM.from_pretrained(base)
     before = logits(plain)
     loaded = PeftModel.from_pretrained(plain, str(result))
-    print("DIFF", variant, (logits(loaded) - logits(module.model)).abs().max(), logits(loaded).abs().max())
     assert not torch.allclose(logits(loaded), before, rtol=0, atol=1e-2)
-    # The same weights; the attention kernel may differ, and with it the order of fp32 sums.
-    assert torch.allclose(logits(loaded), logits(module.model), rtol=0, atol=1e-5)
+    # The same weights by the same arithmetic: no difference was seen; 1e-6 leaves room for another attention kernel.
+    assert torch.allclose(logits(loaded), logits(module.model), rtol=0, atol=1e-6)
 
 
 def test_the_adapter_names_its_base_so_that_peft_finds_it(base: str, tmp_path: Path, result: Path) -> None:
@@ -104,10 +103,9 @@ def test_plain_transformers_loads_the_model_and_gives_the_same_logits(base: str,
     save_result(module, data, result, precision="32-true")
     loaded = AutoModelForCausalLM.from_pretrained(result)
     assert loaded.dtype == torch.float32
-    print("DIFF", "fft", (logits(loaded) - logits(module.model)).abs().max())
     assert not torch.allclose(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(base)), rtol=0, atol=1e-2)
-    # The same weights; the attention kernel may differ, and with it the order of fp32 sums.
-    assert torch.allclose(logits(loaded), logits(module.model), rtol=0, atol=1e-5)
+    # The same weights by the same arithmetic: no difference was seen; 1e-6 leaves room for another attention kernel.
+    assert torch.allclose(logits(loaded), logits(module.model), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -41,7 +41,7 @@ class Checkpoint(Callback):
         self._saved_at = 0.0
         self._improved = False
 
-    def bind(self, run: Path) -> None:
+    def bind(self, run: Path | None) -> None:
         """Take the run's directory; without one nothing is saved."""
         self.run = run
 

@@ -202,6 +202,7 @@ def load_llama(
     Raises:
         InputError: Not a causal language model, or an attention that this transformers does not have.
     """
+    from safetensors import SafetensorError  # noqa: PLC0415
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     _silence_loading()
@@ -216,7 +217,7 @@ def load_llama(
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (ValueError, KeyError, ImportError, OSError) as error:
+    except (ValueError, KeyError, ImportError, OSError, SafetensorError) as error:
         raise InputError(
             f"model.base: {directory} cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error

@@ -7,7 +7,6 @@ al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,6 +102,7 @@ def load_adapter(model: PreTrainedModel, directory: str) -> PeftModel:
         InputError: No adapter there, weights that are not safetensors, or shapes of another base model.
     """
     from peft import PeftModel  # noqa: PLC0415
+    from safetensors import SafetensorError  # noqa: PLC0415
 
     folder = Path(directory)
     if not (folder / "adapter_config.json").is_file():
@@ -113,7 +113,7 @@ def load_adapter(model: PreTrainedModel, directory: str) -> PeftModel:
         )
     try:
         return PeftModel.from_pretrained(model, directory, is_trainable=True, local_files_only=True)
-    except (RuntimeError, ValueError, TypeError, json.JSONDecodeError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"model.adapter: {directory} does not fit this base model: {first_line}") from error
 

@@ -130,6 +130,17 @@ def test_settings_without_a_meaning_are_refused(setting: str, value: int, least:
         Checkpoint(**settings)
 
 
+def test_an_epochs_last_step_is_not_saved_before_its_validation(run: Path) -> None:
+    class Broken(Callback):
+        @override
+        def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(run, Checkpoint(every_n_steps=1), Broken(), module=ScriptedModule([1.0]))
+    assert saved_steps(run) == [4]
+
+
 # Which are kept -------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +179,8 @@ def best_step(run: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("val_losses", "best"), [([3.0, 1.0, 2.0], 10), ([1.0, 2.0, 1.0], 5), ([3.0, 2.0, 1.0], 15), ([float("nan")] * 3, 0)]
+    ("val_losses", "best"),
+    [([3.0, 1.0, 2.0], 10), ([1.0, 2.0, 1.0], 5), ([3.0, 2.0, 1.0], 15), ([float("nan")] * 3, 0)],
 )
 def test_the_best_is_that_of_the_lowest_validation_loss(run: Path, val_losses: list[float], best: int) -> None:
     checkpoint = Checkpoint()
@@ -235,6 +247,7 @@ def test_a_link_replaces_what_was_there_and_what_an_interrupted_one_left(tmp_pat
         (tmp_path / name).write_text(name)
     link(tmp_path / "new", tmp_path / "best")
     assert (tmp_path / "best").read_text() == "new"
+    assert os.path.samefile(tmp_path / "best", tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "new"]
 
 

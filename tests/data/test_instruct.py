@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from lit_tune.data.instruct import InstructData, Prepared, bundled_sample, content_digest, split
+from lit_tune.data.instruct import InstructData, Prepared, bundled_sample, content_digest, last_prompt, split
 from lit_tune.data.loader import SizedTrainLoader, TrainLoader
 from lit_tune.data.packing import Cut
-from lit_tune.data.prompts import Message, Record, encode_record
+from lit_tune.data.prompts import encode_record
+from lit_tune.data.records import Message, Record
 from lit_tune.errors import InputError
 from tests.tiny import tiny_tokenizer
 
@@ -161,7 +163,9 @@ def test_how_a_step_is_cut() -> None:
 # Holding samples out --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "fraction", "held_out"), [(20, 0.25, 5), (52002, 0.05, 2600), (3, 0.1, 0), (7, 0, 0)])
+@pytest.mark.parametrize(
+    ("count", "fraction", "held_out"), [(20, 0.25, 5), (52002, 0.05, 2600), (3, 0.1, 0), (7, 0, 0)]
+)
 def test_the_split_is_disjoint_and_complete(count: int, fraction: float, held_out: int) -> None:
     train, val = split(count, fraction)
     assert len(val) == held_out
@@ -288,7 +292,7 @@ def test_a_prompt_is_the_beginning_of_the_sample_made_of_it(path: str) -> None:
 @pytest.mark.parametrize("setting", ["path", "val_path"])
 def test_a_token_budget_must_hold_the_longest_sample(path: str, tmp_path: Path, setting: str) -> None:
     short = write_records(tmp_path / "short.jsonl", 2)
-    files = {"path": short, "val_path": short} | {setting: path}
+    files: dict[str, Any] = {"path": short, "val_path": short} | {setting: path}
     longest = int(ready_of(prepared(path=path)).train.lengths.max())
     told = refusal(lambda: prepared(**files, micro_batch_tokens=longest - 1))
     assert told.startswith(
@@ -315,6 +319,17 @@ def test_optimizer_steps_are_those_that_training_makes(path: str, settings: dict
     assert [data.optimizer_steps(epochs) for epochs in range(5)] == done
 
 
+@pytest.mark.parametrize(
+    ("max_epochs", "max_steps", "steps"),
+    [(3, -1, 21), (3, 5, 5), (3, 99, 21), (-1, 40, 40), (None, 40, 40), (3, 0, 1)],
+)
+def test_the_schedule_is_as_long_as_the_run(path: str, max_epochs: int | None, max_steps: int, steps: int) -> None:
+    data = prepared(path=path, micro_batch_size=3)  # 20 samples: 7 steps an epoch
+    trainer: Any = data.trainer
+    trainer.max_epochs, trainer.max_steps = max_epochs, max_steps
+    assert data.total_steps() == steps
+
+
 def test_the_seed_orders_the_samples(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def first_row(seed: str) -> list[int]:
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
@@ -322,6 +337,30 @@ def test_the_seed_orders_the_samples(path: str, monkeypatch: pytest.MonkeyPatch)
         return row
 
     assert first_row("1") == first_row("1") != first_row("2")
+
+
+# Prediction -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.35])
+def test_ranks_answer_every_prompt_once_held_out_ones_where_there_are_any(path: str, val_fraction: float) -> None:
+    batches = [
+        batch
+        for rank in range(2)
+        for batch in prepared(world=2, rank=rank, path=path, val_fraction=val_fraction).predict_dataloader()
+    ]
+    ids = [record for batch in batches for record in batch["ids"]]
+    assert sorted(ids) == (split(COUNT, val_fraction)[1] or list(range(COUNT)))
+    data = prepared(path=path)
+    prompts = [prompt for batch in batches for prompt in batch["prompts"]]
+    assert prompts == [data.encode_prompt(f"Say it {record} times.") for record in ids]
+    assert all(batch["stop_token_ids"] == [TOKENIZER.eos_token_id] for batch in batches)
+
+
+def test_of_a_conversation_the_last_answer_is_asked_for() -> None:
+    tokens = np.array([1, 2, 3, 4, 5, 6, 7, 8])
+    labels = np.array([-100, -100, 3, 4, -100, 6, 7, 8])
+    assert last_prompt(tokens, labels) == [1, 2, 3, 4, 5]
 
 
 # Going on -------------------------------------------------------------------------------------------------------------
@@ -346,6 +385,15 @@ def test_a_new_module_goes_on_where_the_state_says(path: str, settings: dict[str
     second.load_state_dict(first.state_dict())
     assert second.steps_done == 2
     assert processed(second, 2) == whole[4:]
+
+
+def test_a_step_counts_when_its_last_micro_batch_is_there(path: str) -> None:
+    data = prepared(accumulate=2, path=path, micro_batch_size=3)
+    counts = []
+    for batch in data.train_dataloader():
+        data.on_after_batch_transfer(batch, 0)
+        counts.append(data.steps_done)
+    assert counts == [0, 1, 1, 2, 2, 3, 4]  # 20 samples: the last step has one micro-batch of 2
 
 
 def test_batches_fetched_ahead_or_for_validation_do_not_count(path: str) -> None:
@@ -381,3 +429,6 @@ def test_the_digest_is_of_what_is_trained_on(path: str, tmp_path: Path) -> None:
     same = [ready_of(prepared(path=file)).train for file in (path, moved)]
     assert content_digest(same[0]) == content_digest(same[1])
     assert content_digest(same[0].subset([0, 1])) != content_digest(same[0].subset([1, 0]))
+    # Other labels for the same tokens, as a template may give that supervises other turns.
+    relabelled = replace(same[0], supervised=~same[0].supervised)
+    assert content_digest(same[0]) != content_digest(relabelled)

@@ -9,6 +9,7 @@ from lit_tune.data.encode import Encoded
 from lit_tune.data.loader import (
     Batch,
     HeldOutLoader,
+    PromptLoader,
     SizedTrainLoader,
     StepSource,
     TrainLoader,
@@ -198,3 +199,16 @@ def test_an_idle_rank_gets_a_filler() -> None:
     last = list(loader)[-1]
     assert last["num_samples"] == last["num_supervised"] == 0
     assert last["input_ids"].tolist() == [[PAD]]
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (4, [2, 2]), (5, [2, 2, 1])])
+def test_prompts_come_in_batches_with_what_is_common(count: int, sizes: list[int]) -> None:
+    loader = PromptLoader(range(count), [[i, i + 1] for i in range(count)], size=2, common={"pad_token_id": PAD})
+    batches = list(loader)
+    assert [len(batch["ids"]) for batch in batches] == sizes
+    assert len(loader) == len(sizes)
+    assert all(batch["prompts"] == [[i, i + 1] for i in batch["ids"]] for batch in batches)
+    assert all(batch["pad_token_id"] == PAD for batch in batches)

@@ -1,0 +1,435 @@
+"""Whole runs of `lit-tune`, in this process: what they leave, how they go on, and what they refuse."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lit_tune import checkpoint, recipes, run
+from lit_tune.errors import InputError
+from lit_tune.logs import read_metrics
+from lit_tune.modules import smollm2
+from lit_tune.modules.llama import LlamaTuner
+from tests.tiny_llama import tiny_base
+from tests.tiny_run import lit_tune, write_records
+
+EPOCHS = 2
+STEPS = 5  # of 4 samples in an epoch of 19
+
+
+@pytest.fixture
+def tiny(working_directory: Path) -> list[str]:
+    """Make a base and records in an empty working directory; return the settings of a run with them."""
+    tiny_base(working_directory / "base")
+    write_records(working_directory / "records.jsonl")
+    return [
+        *("--model.base", "base", "--data.path", "records.jsonl", "--data.template", "chatml"),
+        *("--model.learning_rate", "0.01", "--trainer.max_epochs", str(EPOCHS)),
+        *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true"),  # the same where there is a GPU
+        *("--trainer.enable_progress_bar", "false", "--samples.max_new_tokens", "4"),
+    ]
+
+
+def losses(name: str) -> list[str]:
+    """Return the losses of a run's steps as its table has them."""
+    return [row["train/loss"] for row in read_metrics(Path("runs") / name / "metrics.csv")]
+
+
+def weights(name: str) -> bytes:
+    """Return the adapter that a run left."""
+    return (Path("runs") / name / "result" / "adapter_model.safetensors").read_bytes()
+
+
+# Names and directories ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lora", "my-run_2.b", "-x", "ä"])
+def test_a_plain_folder_name_is_a_name(name: str) -> None:
+    assert run.check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/a", "../a", "a/", "a\nb", "a\x00b"])
+def test_a_name_that_is_no_plain_folder_name_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"--name: .* is no plain folder name"):
+        run.check_name(name)
+
+
+def test_the_runs_of_a_name_are_found_the_newest_last(tmp_path: Path) -> None:
+    for name in ("a", "a-2", "a-10", "a-9", "a-x", "ab", "b-2", "a-2-2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a-11").write_text("no directory")
+    assert [path.name for path in run.runs_named(tmp_path, "a")] == ["a", "a-2", "a-9", "a-10"]
+    assert run.runs_named(tmp_path, "c") == []
+    assert run.runs_named(tmp_path / "nowhere", "a") == []
+
+
+def test_a_fresh_name_takes_the_first_free_number(tmp_path: Path) -> None:
+    assert run.fresh_name(tmp_path, "a") == "a"
+    for name in ("a", "a-2", "a-4"):
+        (tmp_path / name).mkdir()
+    assert run.fresh_name(tmp_path, "a") == "a-3"
+
+
+def test_the_last_checkpoint_is_the_newest_intact_one_of_the_newest_run_that_has_any(tmp_path: Path) -> None:
+    def save(name: str, step: int) -> Path:
+        path = checkpoint.step_path(tmp_path / name, step)
+        checkpoint.write({"global_step": step}, path)
+        return path
+
+    old, middle, newest = save("a", 30), save("a-2", 10), save("a-2", 20)
+    (tmp_path / "a-3").mkdir()
+    assert run.last_checkpoint(tmp_path, "a") == (newest, [])
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert run.last_checkpoint(tmp_path, "a") == (middle, [newest])
+    middle.write_bytes(b"")
+    assert run.last_checkpoint(tmp_path, "a") == (old, [newest, middle])
+    old.unlink()
+    with pytest.raises(InputError, match=r"no run named a under .* has an intact checkpoint \(2 damaged: .*\)"):
+        run.last_checkpoint(tmp_path, "a")
+    with pytest.raises(InputError, match=r"no run named b under .* has an intact checkpoint\."):
+        run.last_checkpoint(tmp_path, "b")
+
+
+def test_a_checkpoint_tells_its_run(working_directory: Path) -> None:
+    assert run.run_of(Path("runs/a/checkpoints/step-00000001.ckpt")) == Path("runs/a")
+    assert run.run_of(Path("/elsewhere/a/checkpoints/best.ckpt")) == Path("/elsewhere/a")
+
+
+# Hardware -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "devices", "refused"),
+    [
+        (0, "auto", 4, None),
+        (0, "auto", "auto", None),
+        (0, "cpu", 64, None),
+        (0, "gpu", 1, "no CUDA GPU is visible"),
+        (0, "cuda", "auto", "no CUDA GPU is visible"),
+        (2, "auto", 2, None),
+        (2, "auto", "auto", None),
+        (2, "auto", -1, None),
+        (2, "gpu", "-1", None),
+        (2, "cpu", 4, None),
+        (2, "auto", 3, r"2 GPU\(s\) are visible; ask for at most 2"),
+        (2, "gpu", "3", r"2 GPU\(s\)"),
+        (2, "gpu", [0, 1], None),
+        (2, "gpu", [2], r"2 GPU\(s\)"),
+        (2, "gpu", "0,2", r"2 GPU\(s\)"),
+        (2, "gpu", "1,", None),
+    ],
+)
+def test_more_gpus_than_there_are_are_refused(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, accelerator: str, devices: Any, refused: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if refused is None:
+        run.check_devices(accelerator, devices)
+        return
+    with pytest.raises(InputError, match=refused):
+        run.check_devices(accelerator, devices)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "native_bf16", "precision"),
+    [
+        (True, True, "bf16-mixed"),
+        (True, False, "32-true"),
+        (False, True, "bf16-mixed"),
+        (False, False, "32-true"),
+    ],
+)
+def test_the_default_precision_is_bf16_where_the_device_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, native_bf16: bool, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native_bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": native_bf16}, raising=False)
+    assert run.default_precision() == precision
+
+
+# What a run leaves ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_settings_metrics_checkpoints_and_result(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lit_tune("fit", *tiny, "--data.val_fraction", "0.2") == 0
+    home = Path("runs/lora")
+    found = {path.name.split(".")[0] if "tfevents" in path.name else path.name for path in home.iterdir()}
+    assert found == {"config.yaml", "metrics.csv", "events", "hparams.yaml", "checkpoints", "result"}
+    assert sorted(path.name for path in (home / "checkpoints").iterdir()) == ["best.ckpt", "step-00000008.ckpt"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "prompt_template.jinja"} <= {
+        path.name for path in (home / "result").iterdir()
+    }
+    rows = read_metrics(home / "metrics.csv")
+    assert [int(row["step"]) for row in rows] == list(range(8))
+    for column in (
+        *("train/loss", "train/grad_norm", "train/learning_rate", "train/epoch_loss", "val/loss", "val/perplexity"),
+        *("throughput/tokens_per_s", "throughput/supervised_tokens_per_s", "throughput/samples_seen"),
+        *("memory/host_rss_gib", "memory/host_peak_gib", "parameters/total", "parameters/trainable"),
+    ):
+        assert any(row[column] for row in rows), column
+    assert all(float(row["train/loss"]) > 0 for row in rows)
+    assert float(rows[-1]["throughput/samples_seen"]) == 30
+    settings = yaml.safe_load((home / "config.yaml").read_text())
+    assert settings["name"] == "lora"
+
+    said = capsys.readouterr().out
+    for line in ("Run runs/lora: lora of base", "Data records.jsonl: 15 samples, 4 held out", "Parameters: 3,584 of "):
+        assert line in said
+    assert "Epoch 0: average loss " in said
+    assert "Epoch 1: average loss " in said
+    assert "tensorboard --logdir runs" in said
+
+
+def test_the_average_loss_of_an_epoch_is_that_of_its_tokens(tiny: list[str]) -> None:
+    assert lit_tune("fit", *tiny, "--model.learning_rate", "0", "--data.val_path", "records.jsonl") == 0
+    epochs = [row for row in read_metrics(Path("runs/lora/metrics.csv")) if row["train/epoch_loss"]]
+    assert len(epochs) == EPOCHS
+    for row in epochs:  # nothing is learnt, adapters begin at zero: the loss of training is that of validation
+        assert float(row["train/epoch_loss"]) == pytest.approx(float(row["val/loss"]), rel=1e-6)
+
+
+def test_the_next_run_gets_a_number_and_overwrites_nothing(tiny: list[str]) -> None:
+    assert lit_tune("fit", *tiny, "--name", "mine") == 0
+    before = {path: path.read_bytes() for path in Path("runs/mine").rglob("*") if path.is_file()}
+    assert lit_tune("fit", *tiny, "--name", "mine") == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["mine", "mine-2"]
+    assert {path: path.read_bytes() for path in Path("runs/mine").rglob("*") if path.is_file()} == before
+    assert losses("mine-2") == losses("mine")
+    assert weights("mine-2") == weights("mine")
+
+
+def test_the_config_that_a_run_leaves_makes_the_same_run_again(tiny: list[str]) -> None:
+    limit = "[0:12]"
+    assert lit_tune("fit", *tiny, "--data.limit", limit, "--seed_everything", "3", "--name", "first") == 0
+    assert yaml.safe_load(Path("runs/first/config.yaml").read_text())["data"]["limit"] == limit
+    assert lit_tune("fit", "--config", "runs/first/config.yaml", "--name", "second") == 0
+    assert losses("second") == losses("first")
+    assert len(losses("second")) == EPOCHS * 3  # 12 samples in steps of 4
+    first, second = (yaml.safe_load(Path(f"runs/{name}/config.yaml").read_text()) for name in ("first", "second"))
+    assert second == first | {"name": "second"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "samples"), [("[0:12]", 12), ("0:12", 12), ("12", 12), ("[0, 12]", 12), ("[::2]", 10), ("[12:]", 7)]
+)
+def test_every_form_of_a_limit_survives_the_config(tiny: list[str], limit: str, samples: int) -> None:
+    built = run.build([*tiny, "--data.limit", limit], description="")
+    assert len(built.datamodule.prepare(built.model.load_tokenizer).train) == samples
+    Path("again.yaml").write_text(built.parser.dump(built.config, skip_none=False))
+    again = run.load_run("again.yaml")
+    assert len(again.datamodule.prepare(again.model.load_tokenizer).train) == samples
+
+
+def test_full_training_leaves_a_model(tiny: list[str]) -> None:
+    assert lit_tune("fit", *tiny, "--model.method", "fft") == 0
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= {
+        path.name for path in Path("runs/fft/result").iterdir()
+    }
+
+
+def test_a_result_can_be_the_base_of_the_next_run(tiny: list[str]) -> None:
+    assert lit_tune("fit", *tiny, "--model.method", "fft") == 0
+    assert lit_tune("fit", *tiny, "--model.base", "runs/fft/result") == 0
+    assert lit_tune("fit", *tiny, "--model.base", "runs/fft/result", "--model.adapter", "runs/lora/result") == 0
+    assert float(losses("lora-2")[0]) < float(losses("lora")[0])
+
+
+def test_fit_alone_trains_the_default_base_on_the_bundled_sample(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm2, "prepared_directory", lambda: Path("base").resolve())
+    assert lit_tune("fit", "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false") == 0
+    settings = yaml.safe_load(Path("runs/lora/config.yaml").read_text())
+    assert settings["trainer"]["precision"] == run.default_precision()
+    assert settings["model"]["base"] == "smollm2-135m"
+    assert settings["data"]["path"] is None
+    assert len(losses("lora")) == 2
+
+
+# Going on -------------------------------------------------------------------------------------------------------------
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+    """Let a signal reach this process while it computes optimizer step `step`."""
+    training_step: Callable[..., Any] = LlamaTuner.training_step
+
+    def interrupted(module: LlamaTuner, batch: dict[str, Any], batch_idx: int) -> Any:
+        if batch["step"] == step:
+            os.kill(os.getpid(), number)
+        return training_step(module, batch, batch_idx)
+
+    monkeypatch.setattr(LlamaTuner, "training_step", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        pytest.param(signal.SIGINT, 1, id="SIGINT-midst"),
+        pytest.param(signal.SIGTERM, 1, id="SIGTERM-midst"),
+        pytest.param(signal.SIGTERM, STEPS - 1, id="SIGTERM-end-of-epoch"),
+        pytest.param(signal.SIGTERM, STEPS, id="SIGTERM-begin-of-epoch"),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    tiny: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    step: int,
+) -> None:
+    settings = [*tiny, "--data.val_fraction", "0.05"]
+    assert lit_tune("fit", *settings, "--name", "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, step, number)
+        assert lit_tune("fit", *settings, "--name", "parts") == 128 + number
+    told = capsys.readouterr().err
+    assert told.startswith(f"lit-tune: stopped by {number.name}; saved runs/parts/checkpoints/step-")
+    assert told.endswith("; go on with --ckpt_path last\n")
+    assert not Path("runs/parts/result").exists()
+    assert lit_tune("fit", *settings, "--name", "parts", "--ckpt_path", "last") == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["parts", "whole"]
+    assert losses("parts") == losses("whole")
+    assert weights("parts") == weights("whole")
+    for column in ("train/epoch_loss", "val/loss", "train/learning_rate", "train/grad_norm"):
+        assert [row[column] for row in read_metrics(Path("runs/parts/metrics.csv"))] == [
+            row[column] for row in read_metrics(Path("runs/whole/metrics.csv"))
+        ], column
+
+
+def test_a_signal_during_the_last_step_comes_too_late(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(monkeypatch, EPOCHS * STEPS - 1, signal.SIGTERM)
+    assert lit_tune("fit", *tiny) == 0
+    assert weights("lora")
+    assert len(losses("lora")) == EPOCHS * STEPS
+
+
+def test_ckpt_path_last_goes_on_in_the_run_that_it_came_from(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lit_tune("fit", *tiny) == 0
+    assert lit_tune("fit", *tiny, "--trainer.max_epochs", "3", "--ckpt_path", "last") == 0
+    assert "Going on from runs/lora/checkpoints/step-00000010.ckpt (optimizer step 10)" in capsys.readouterr().out
+    assert [path.name for path in Path("runs").iterdir()] == ["lora"]
+    assert [int(row["step"]) for row in read_metrics(Path("runs/lora/metrics.csv"))] == list(range(3 * STEPS))
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit_tune("fit", *tiny) == 0
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert lit_tune("fit", *tiny, "--ckpt_path", "last") == 0
+    said = capsys.readouterr().out
+    assert "runs/lora is finished: 10 optimizer steps done. Raise trainer.max_epochs" in said
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_that_is_not_there_is_no_fresh_start(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for path in ("last", "best", "nowhere.ckpt"):
+        assert lit_tune("fit", *tiny, "--ckpt_path", path) == 2
+        assert "checkpoint" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [("--data.limit", "[0:12]"), ("--seed_everything", "1"), ("--model.lora.rank", "8")], ids=lambda c: c[0]
+)
+def test_going_on_with_other_data_or_adapters_is_refused_and_changes_nothing(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], change: tuple[str, str]
+) -> None:
+    assert lit_tune("fit", *tiny) == 0
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    # More steps than done, with any number of records.
+    assert lit_tune("fit", *tiny, "--trainer.max_epochs", "9", "--ckpt_path", "last", *change) == 2
+    assert "the checkpoint was made with " in capsys.readouterr().err
+    changed = [path for path, content in before.items() if path.read_bytes() != content]
+    assert changed == []
+
+
+# Failing --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_directory(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for fault in (["--data.path", "nowhere.json"], ["--model.lora.targets", "[q_prj]"], ["--model.base", "./none"]):
+        assert lit_tune("fit", *tiny, *fault) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_ends_with_code_5_and_without_result(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaTuner, "nll", lambda module, batch: torch.tensor(float("nan"), requires_grad=True))
+    assert lit_tune("fit", *tiny) == 5
+    assert "the loss of optimizer step 0 is nan" in capsys.readouterr().err
+    assert not Path("runs/lora/result").exists()
+
+
+# The other commands ---------------------------------------------------------------------------------------------------
+
+
+def shown_loss(capsys: pytest.CaptureFixture[str]) -> float:
+    """Return the loss that `validate` or `test` has printed."""
+    found = re.search(r"(?:val|test)/loss\W+([\d.]+)", capsys.readouterr().out)
+    assert found is not None
+    return float(found[1])
+
+
+@pytest.mark.parametrize("which", ["last", "best", "runs/lora/checkpoints/best.ckpt"])
+def test_validate_test_and_predict_take_a_checkpoint(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], which: str
+) -> None:
+    settings = [*tiny, "--data.val_fraction", "0.2"]
+    assert lit_tune("fit", *settings) == 0
+    rows = [row for row in read_metrics(Path("runs/lora/metrics.csv")) if row["val/loss"]]
+    expected = float(rows[-1]["val/loss"])
+    assert expected == min(float(row["val/loss"]) for row in rows)  # so best and last are the same
+    before = sorted(Path("runs").rglob("*"))
+    for command in ("validate", "test"):
+        capsys.readouterr()
+        assert lit_tune(command, *settings, "--ckpt_path", which) == 0
+        assert shown_loss(capsys) == pytest.approx(expected, rel=1e-6)
+    assert sorted(Path("runs").rglob("*")) == before
+    assert lit_tune("predict", *settings, "--ckpt_path", which) == 0
+    answers = [json.loads(line) for line in Path("runs/lora/predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == 4
+    assert all(answer["prompt"].endswith("<|im_start|>assistant\n") for answer in answers)
+    assert [answer["id"] for answer in answers] == sorted(answer["id"] for answer in answers)
+
+
+def test_validate_without_checkpoint_measures_the_base(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit_tune("fit", *tiny, "--model.learning_rate", "0", "--data.val_fraction", "0.2") == 0
+    rows = read_metrics(Path("runs/lora/metrics.csv"))
+    capsys.readouterr()
+    assert lit_tune("validate", *tiny, "--data.val_fraction", "0.2") == 0
+    assert shown_loss(capsys) == pytest.approx(float(rows[-1]["val/loss"]), rel=1e-6)
+    assert [path.name for path in Path("runs").iterdir()] == ["lora"]
+
+
+# Recipes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipes.shipped())
+def test_every_recipe_builds(name: str, working_directory: Path) -> None:
+    built = run.load_run(name)
+    settings = yaml.safe_load(recipes.shipped()[name].read_text())
+    assert built.model.method == settings["model"].get("method", "lora")
+    assert built.trainer.max_epochs == settings["trainer"].get("max_epochs", run.DEFAULT_EPOCHS)
+    assert list(working_directory.iterdir()) == []
+
+
+def test_a_run_is_named_after_its_recipe(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit_tune("fit", "--config", "demo.yaml", *tiny, "--data.limit", "null") == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["demo"]
+    assert capsys.readouterr().out.startswith(f"Recipe {recipes.shipped()['demo.yaml']}\n")
