@@ -67,7 +67,11 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"ckpt_path: there is no checkpoint {path}.")
-    if not is_intact(path):
+    try:
+        intact = is_intact(path)
+    except OSError as error:
+        raise InputError(f"ckpt_path: {path} cannot be read ({error.strerror}).") from error
+    if not intact:
         raise InputError(f"ckpt_path: {path} is damaged or no checkpoint of lit-tune: its checksum does not match.")
     try:
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

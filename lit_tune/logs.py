@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from lit_tune.errors import SaveError
+
 FILE = "metrics.csv"
 Row = dict[str, str]
 
@@ -75,6 +77,12 @@ class MetricsCsv(Logger):
     def _flush(self) -> None:
         if not self._pending:
             return
+        try:
+            self._write_row()
+        except OSError as error:
+            raise SaveError(f"{self.path}: the metrics could not be written ({error.strerror}).") from error
+
+    def _write_row(self) -> None:
         if new := [name for name in self._pending if name not in self._columns]:
             # The table's head changes: for the first row, for a metric that comes later, and for a run that goes on.
             rows = self._rows_that_hold()

@@ -37,6 +37,7 @@ _TYPE = re.compile(r"<class '([^']+)'>")
 
 def restrict_imports(*, trusted: bool = False) -> None:
     """Let configurations name classes of known packages only; `trusted` lifts that for the user's own code."""
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
     if not trusted:
         set_parsing_settings(import_path_denylist=DENIED_PATHS, import_path_allowlist=ALLOWED_PATHS)
 

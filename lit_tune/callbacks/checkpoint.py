@@ -29,6 +29,8 @@ class Checkpoint(Callback):
     def __init__(self, every_n_steps: int = 0, every_minutes: float | None = None, keep_last: int = 1) -> None:
         if every_n_steps < 0:
             raise InputError(f"checkpoint.every_n_steps is {every_n_steps}; it must be 0 or more.")
+        if every_minutes is not None and every_minutes <= 0:
+            raise InputError(f"checkpoint.every_minutes is {every_minutes}; it must be more than 0.")
         if keep_last < 1:
             raise InputError(f"checkpoint.keep_last is {keep_last}; it must be 1 or more.")
         self.every_n_steps = every_n_steps

@@ -202,7 +202,8 @@ class InstructData(LightningDataModule):
         if self.global_batch_size is None:
             return given
         share, rest = divmod(self.global_batch_size, world)
-        samples = min(self.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, max(1, share))
+        samples = self.micro_batch_size or _largest_divisor(share, at_most=DEFAULT_MICRO_BATCH_SIZE)
+        samples = min(samples, max(1, share))
         if rest or share % samples:
             raise InputError(
                 f"data.global_batch_size {self.global_batch_size} is not devices x micro-batches x samples: "
@@ -230,12 +231,15 @@ class InstructData(LightningDataModule):
     def _seed() -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", "0"))  # set by Lightning's seed_everything
 
-    def optimizer_steps(self, epochs: int) -> int:
-        """Return the number of optimizer steps in the first `epochs` epochs."""
+    def optimizer_steps(self, epochs: int, *, at_most: int | None = None) -> int:
+        """Return the number of optimizer steps in the first `epochs` epochs, counting no further than `at_most`."""
         source = self._source()
-        if source.cut.samples is not None:
-            return epochs * source.steps_in(0)
-        return sum(source.steps_in(epoch) for epoch in range(epochs))
+        total = 0
+        for epoch in range(epochs):  # with a token budget, every epoch has its own number
+            total += source.steps_in(epoch)
+            if at_most is not None and total >= at_most:
+                return at_most
+        return total
 
     def total_steps(self) -> int:
         """Return the optimizer steps of the whole run: of the trainer's epochs, or its `max_steps` if that is less."""
@@ -245,8 +249,7 @@ class InstructData(LightningDataModule):
         epochs, steps = trainer.max_epochs, trainer.max_steps
         if epochs is None or epochs < 0:
             return max(1, int(steps))
-        by_epochs = self.optimizer_steps(epochs)
-        return max(1, min(by_epochs, steps) if steps >= 0 else by_epochs)
+        return max(1, self.optimizer_steps(epochs, at_most=steps if steps >= 0 else None))
 
     @override
     def train_dataloader(self) -> TrainLoader:
@@ -265,12 +268,19 @@ class InstructData(LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps_done": self.steps_done, "seed": self._seed(), "data": content_digest(self._ready().train)}
+        cut = self._source().cut
+        batch = f"{cut.samples * cut.slots} samples" if cut.samples else f"{cut.slots} x {cut.tokens} tokens"
+        return {
+            "steps_done": self.steps_done,
+            "seed": self._seed(),
+            "data": content_digest(self._ready().train),
+            "batch": f"{batch} an optimizer step in {cut.accumulate} micro-batches per device, packing {cut.packing}",
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         now = self.state_dict()
-        for key, place in {"seed": "seed_everything", "data": "data"}.items():
+        for key, place in {"seed": "seed_everything", "data": "data", "batch": "the batch settings"}.items():
             if state_dict[key] != now[key]:
                 raise InputError(
                     f"{place}: the checkpoint was made with {state_dict[key]}, this run has {now[key]}: other "
@@ -317,6 +327,10 @@ def last_prompt(tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> list[in
     supervised = labels != IGNORED
     starts = np.flatnonzero(supervised & ~np.concatenate([[False], supervised[:-1]]))
     return [int(token) for token in tokens[: starts[-1]]]
+
+
+def _largest_divisor(number: int, *, at_most: int) -> int:
+    return max((d for d in range(1, at_most + 1) if number % d == 0), default=1)
 
 
 def _pad_token_id(ready: Prepared) -> int:

@@ -8,6 +8,7 @@ the same steps. Cutting balances tokens: ranks wait for the longest, so every mi
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,27 +95,63 @@ def _divide(samples: Sequence[int], lengths: NDArray[np.int64], cut: Cut) -> lis
 
 
 def _fill(order: Sequence[int], lengths: NDArray[np.int64], cut: Cut) -> list[list[MicroBatch]]:
-    """Fill steps of `cut.slots` micro-batches in order, first fit; a sample that fits nowhere opens a step."""
+    """Fill steps of `cut.slots` micro-batches, samples taken in the given order; only the last may have fewer."""
     assert cut.tokens is not None
+    assert all(lengths[order] <= cut.tokens), "the data module refuses samples longer than a micro-batch"
+    return (_fill_rows if cut.packing else _fill_padded)(order, lengths, tokens=cut.tokens, slots=cut.slots)
+
+
+def _fill_rows(order: Sequence[int], lengths: NDArray[np.int64], *, tokens: int, slots: int) -> list[list[MicroBatch]]:
+    """Fill rows without padding, first fit; a sample that fits into none of a full step opens the next."""
     steps: list[list[MicroBatch]] = []
     bins: list[MicroBatch] = []
-    costs: list[tuple[int, int]] = []  # (samples, longest) padded, (tokens, 1) packed: their product is the row's size
+    room: list[int] = []
     for sample in order:
         length = int(lengths[sample])
-        assert length <= cut.tokens, "the data module refuses samples longer than a micro-batch"
-        for slot, (a, b) in enumerate(costs):
-            grown = (a + length, 1) if cut.packing else (a + 1, max(b, length))
-            if grown[0] * grown[1] <= cut.tokens:
-                bins[slot].append(sample)
-                costs[slot] = grown
-                break
-        else:
-            if not bins or len(bins) == cut.slots:
-                bins, costs = [], []
+        slot = next((slot for slot, left in enumerate(room) if length <= left), None)
+        if slot is None:
+            if not bins or len(bins) == slots:
+                bins, room = [], []
                 steps.append(bins)
-            bins.append([sample])
-            costs.append((length, 1) if cut.packing else (1, length))
+            slot = len(bins)
+            bins.append([])
+            room.append(tokens)
+        bins[slot].append(sample)
+        room[slot] -= length
     return steps
+
+
+def _fill_padded(
+    order: Sequence[int], lengths: NDArray[np.int64], *, tokens: int, slots: int
+) -> list[list[MicroBatch]]:
+    """Give each step as many samples as its padded micro-batches hold when neighbours in length are together."""
+    steps: list[list[MicroBatch]] = []
+    before = np.concatenate([[0], np.cumsum(lengths[order])])
+    start = 0
+    while start < len(order):
+        # Without any padding no more than this many would fit; grouped, fewer do. More samples never need fewer
+        # micro-batches: what holds a sample still holds the rest without it.
+        most = int(np.searchsorted(before, before[start] + slots * tokens, side="right")) - 1
+        ends = range(start + 1, most + 1)
+        end = start + bisect_right(ends, slots, key=lambda end: len(_grouped(order[start:end], lengths, tokens)))
+        bins = _grouped(order[start:end], lengths, tokens)
+        while len(bins) < slots and end < len(order):  # a step that is not the last has all its micro-batches
+            fullest = max(range(len(bins)), key=lambda slot: len(bins[slot]))
+            half = len(bins[fullest]) // 2
+            bins[fullest : fullest + 1] = [bins[fullest][:half], bins[fullest][half:]]
+        steps.append(bins)
+        start = end
+    return steps
+
+
+def _grouped(samples: Sequence[int], lengths: NDArray[np.int64], tokens: int) -> list[MicroBatch]:
+    """Cut samples, longest first, into the fewest micro-batches of at most `tokens`, padding included."""
+    bins: list[MicroBatch] = []
+    for sample in sorted(samples, key=lambda i: (-int(lengths[i]), i)):
+        if not bins or (len(bins[-1]) + 1) * int(lengths[bins[-1][0]]) > tokens:
+            bins.append([])
+        bins[-1].append(sample)
+    return bins
 
 
 def _to_step(bins: Sequence[MicroBatch], cut: Cut) -> Step:

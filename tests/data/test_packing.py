@@ -173,3 +173,14 @@ def test_held_out_samples_are_served_once_and_ranks_work_equally_often(lengths: 
 def test_the_longest_held_out_sample_comes_first(lengths: NDArray[np.int64], cut: Cut) -> None:
     first = held_out_micro_batches(lengths, cut)[0][0]
     assert lengths[first[0]] == lengths.max()
+
+
+def test_a_padded_token_budget_groups_neighbours_in_length() -> None:
+    lengths = np.random.default_rng(0).lognormal(4.5, 0.7, 2000).astype(np.int64).clip(10, 1000)
+    cut = Cut(world=2, accumulate=4, samples=None, tokens=4096, packing=False)
+    plan = plan_epoch(lengths, cut, seed=0, epoch=0)
+    rows = [samples for step in plan for micro in step for samples in micro if samples]
+    computed = sum(len(samples) * int(lengths[samples].max()) for samples in rows)
+    assert lengths.sum() / computed > 0.8
+    assert all(len(samples) * int(lengths[samples].max()) <= 4096 for samples in rows)
+    assert all(len(step) == 4 and all(map(all, step)) for step in plan[:-1])
