@@ -114,8 +114,12 @@ def last_checkpoint(root: Path, name: str) -> tuple[Path, list[Path]]:
 
 def run_of(ckpt_path: Path) -> Path:
     """Return the run directory that a checkpoint lies in; relative where it is below the working directory."""
-    run = ckpt_path.resolve().parent.parent
-    return run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    return shown(ckpt_path.resolve().parent.parent)
+
+
+def shown(path: Path) -> Path:
+    """Return a path as people like to read it: relative where it lies below the working directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def is_main_process() -> bool:
@@ -422,7 +426,7 @@ class TuneCLI(LightningCLI):
         said = "".join(f", {number:,} {what}" for what, number in remarks.items() if number)
         run = self.directory or "for a look (fast_dev_run), nothing is kept"
         self.console.print(f"Run {run}: {self.model.method} of {self.model.base}, {self.trainer.precision}")
-        self.console.print(f"Data {self.datamodule.path}: {len(ready.train):,} samples{said}")
+        self.console.print(f"Data {shown(Path(self.datamodule.path))}: {len(ready.train):,} samples{said}")
         if self.resumed_from:
             self.console.print(f"Going on from {self.resumed_from} (optimizer step {self._resumed['global_step']})")
 
@@ -527,7 +531,7 @@ def start(command: str, arguments: list[str], *, recipe: Path | None) -> None:
     quieten()
     restrict_imports()
     if recipe and is_main_process() and "--print_config" not in arguments:
-        print(f"Recipe {recipe}", flush=True)
+        print(f"Recipe {shown(recipe)}", flush=True)
     TuneCLI([command, *arguments], recipe=recipe)
 
 
