@@ -43,8 +43,8 @@ from lit_tune.modules.load import load_config
 from lit_tune.parser import TuneParser, restrict_imports
 from lit_tune.quiet import quieten
 from lit_tune.result import save_result
+from lit_tune.runs import RUNS, check_name, fresh_name, last_checkpoint, run_of, runs_named, shown
 
-RUNS = "runs"
 RESULT = "result"
 CONFIG = "config.yaml"
 PREDICTIONS = "predictions.jsonl"
@@ -63,63 +63,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_checkpointing": False,  # ours is lit_tune.callbacks.checkpoint
     "enable_model_summary": False,
 }
-
-
-# -- names and directories ---------------------------------------------------------------------------------------------
-
-
-def check_name(name: str) -> str:
-    """Return a run's name if it is one plain folder name.
-
-    Raises:
-        InputError: It is empty, hidden or a path.
-    """
-    if not name or name.startswith(".") or not name.isprintable() or Path(name).name != name:
-        raise InputError(f"--name: {name!r} is no plain folder name; use letters, digits, '-', '_' and '.'.")
-    return name
-
-
-def runs_named(root: Path, name: str) -> list[Path]:
-    """Return the run directories of `name`, name-2, name-3, ... under `root`, the newest last."""
-    first = [root / name] if (root / name).is_dir() else []
-    later = [
-        path for path in root.glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal() and path.is_dir()
-    ]
-    return first + sorted(later, key=lambda path: int(path.name.removeprefix(f"{name}-")))
-
-
-def fresh_name(root: Path, name: str) -> str:
-    """Return `name` if no run has it, else the first free of name-2, name-3, ..."""
-    number = 1
-    while (root / (candidate := name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return candidate
-
-
-def last_checkpoint(root: Path, name: str) -> tuple[Path, list[Path]]:
-    """Return the newest intact checkpoint of the newest run of `name` that has any, and the damaged ones passed over.
-
-    Raises:
-        InputError: There is none.
-    """
-    damaged: list[Path] = []
-    for run in reversed(runs_named(root, name)):
-        for path, intact in checkpoint.newest_intact(run):
-            if intact:
-                return path, damaged
-            damaged.append(path)
-    bad = f" ({len(damaged)} damaged: {damaged[0]})" if damaged else ""
-    raise InputError(f"--ckpt_path last: no run named {name} under {root} has an intact checkpoint{bad}.")
-
-
-def run_of(ckpt_path: Path) -> Path:
-    """Return the run directory that a checkpoint lies in; relative where it is below the working directory."""
-    return shown(ckpt_path.resolve().parent.parent)
-
-
-def shown(path: Path) -> Path:
-    """Return a path as people like to read it: relative where it lies below the working directory."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def is_main_process() -> bool:
@@ -198,6 +141,7 @@ class TuneCLI(LightningCLI):
         self._command = arguments[0] if run else "fit"
         self.console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=not is_main_process())
         self.resumed_from: Path | None = None
+        self._steps_done = 0
         self.directory: Path | None = None
         self._started = time.monotonic()
         try:
@@ -288,7 +232,8 @@ class TuneCLI(LightningCLI):
         else:
             path = Path(given)
         self.resumed_from = path
-        self._resumed = checkpoint.read(path)
+        # The number alone: Lightning reads the file again, and two copies of a whole model are one too many.
+        self._steps_done = int(checkpoint.read(path)["global_step"])
         self.settings["ckpt_path"] = os.environ[CHECKPOINT_VARIABLE] = str(path)
 
     def _claim_directory(self, root: Path, name: str) -> Path:
@@ -355,7 +300,7 @@ class TuneCLI(LightningCLI):
 
     def _own_loggers(self) -> list[Any]:
         assert self.directory is not None
-        first_step = int(self._resumed["global_step"]) if self.resumed_from else 0
+        first_step = self._steps_done
         board = TensorBoardLogger(
             self.directory.parent,
             name=self.directory.name,
@@ -374,9 +319,9 @@ class TuneCLI(LightningCLI):
         total = self.datamodule.total_steps()
         if self.progress is not None:
             self.progress.total_steps = total
-        if self.resumed_from and int(self._resumed["global_step"]) >= total:
+        if self.resumed_from and self._steps_done >= total:
             self.console.print(
-                f"{self.directory} is finished: {self._resumed['global_step']} optimizer steps done. "
+                f"{self.directory} is finished: {self._steps_done} optimizer steps done. "
                 "Raise trainer.max_epochs or trainer.max_steps to go on, or leave out --ckpt_path for a new run."
             )
             raise SystemExit(0)
@@ -428,7 +373,7 @@ class TuneCLI(LightningCLI):
         self.console.print(f"Run {run}: {self.model.method} of {self.model.base}, {self.trainer.precision}")
         self.console.print(f"Data {shown(Path(self.datamodule.path))}: {len(ready.train):,} samples{said}")
         if self.resumed_from:
-            self.console.print(f"Going on from {self.resumed_from} (optimizer step {self._resumed['global_step']})")
+            self.console.print(f"Going on from {self.resumed_from} (optimizer step {self._steps_done})")
 
     def _log_hyperparameters(self) -> None:
         """Put the settings and the final metrics into TensorBoard's HParams tab."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lit_tune import checkpoint, recipes, run
+from lit_tune import checkpoint, recipes, run, runs
 from lit_tune.errors import InputError
 from lit_tune.logs import read_metrics
 from lit_tune.modules import smollm2
@@ -52,29 +52,29 @@ def weights(name: str) -> bytes:
 
 @pytest.mark.parametrize("name", ["lora", "my-run_2.b", "-x", "ä"])
 def test_a_plain_folder_name_is_a_name(name: str) -> None:
-    assert run.check_name(name) == name
+    assert runs.check_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/a", "../a", "a/", "a\nb", "a\x00b"])
 def test_a_name_that_is_no_plain_folder_name_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=r"--name: .* is no plain folder name"):
-        run.check_name(name)
+        runs.check_name(name)
 
 
 def test_the_runs_of_a_name_are_found_the_newest_last(tmp_path: Path) -> None:
     for name in ("a", "a-2", "a-10", "a-9", "a-x", "ab", "b-2", "a-2-2"):
         (tmp_path / name).mkdir()
     (tmp_path / "a-11").write_text("no directory")
-    assert [path.name for path in run.runs_named(tmp_path, "a")] == ["a", "a-2", "a-9", "a-10"]
-    assert run.runs_named(tmp_path, "c") == []
-    assert run.runs_named(tmp_path / "nowhere", "a") == []
+    assert [path.name for path in runs.runs_named(tmp_path, "a")] == ["a", "a-2", "a-9", "a-10"]
+    assert runs.runs_named(tmp_path, "c") == []
+    assert runs.runs_named(tmp_path / "nowhere", "a") == []
 
 
 def test_a_fresh_name_takes_the_first_free_number(tmp_path: Path) -> None:
-    assert run.fresh_name(tmp_path, "a") == "a"
+    assert runs.fresh_name(tmp_path, "a") == "a"
     for name in ("a", "a-2", "a-4"):
         (tmp_path / name).mkdir()
-    assert run.fresh_name(tmp_path, "a") == "a-3"
+    assert runs.fresh_name(tmp_path, "a") == "a-3"
 
 
 def test_the_last_checkpoint_is_the_newest_intact_one_of_the_newest_run_that_has_any(tmp_path: Path) -> None:
@@ -85,21 +85,21 @@ def test_the_last_checkpoint_is_the_newest_intact_one_of_the_newest_run_that_has
 
     old, middle, newest = save("a", 30), save("a-2", 10), save("a-2", 20)
     (tmp_path / "a-3").mkdir()
-    assert run.last_checkpoint(tmp_path, "a") == (newest, [])
+    assert runs.last_checkpoint(tmp_path, "a") == (newest, [])
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert run.last_checkpoint(tmp_path, "a") == (middle, [newest])
+    assert runs.last_checkpoint(tmp_path, "a") == (middle, [newest])
     middle.write_bytes(b"")
-    assert run.last_checkpoint(tmp_path, "a") == (old, [newest, middle])
+    assert runs.last_checkpoint(tmp_path, "a") == (old, [newest, middle])
     old.unlink()
     with pytest.raises(InputError, match=r"no run named a under .* has an intact checkpoint \(2 damaged: .*\)"):
-        run.last_checkpoint(tmp_path, "a")
+        runs.last_checkpoint(tmp_path, "a")
     with pytest.raises(InputError, match=r"no run named b under .* has an intact checkpoint\."):
-        run.last_checkpoint(tmp_path, "b")
+        runs.last_checkpoint(tmp_path, "b")
 
 
 def test_a_checkpoint_tells_its_run(working_directory: Path) -> None:
-    assert run.run_of(Path("runs/a/checkpoints/step-00000001.ckpt")) == Path("runs/a")
-    assert run.run_of(Path("/elsewhere/a/checkpoints/best.ckpt")) == Path("/elsewhere/a")
+    assert runs.run_of(Path("runs/a/checkpoints/step-00000001.ckpt")) == Path("runs/a")
+    assert runs.run_of(Path("/elsewhere/a/checkpoints/best.ckpt")) == Path("/elsewhere/a")
 
 
 # Hardware -------------------------------------------------------------------------------------------------------------

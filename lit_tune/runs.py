@@ -1,0 +1,64 @@
+"""Names and directories of runs: `runs/<name>/`, with -2, -3 ... where a name exists; the newest checkpoint in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lit_tune import checkpoint
+from lit_tune.errors import InputError
+
+RUNS = "runs"
+
+
+def check_name(name: str) -> str:
+    """Return a run's name if it is one plain folder name.
+
+    Raises:
+        InputError: It is empty, hidden or a path.
+    """
+    if not name or name.startswith(".") or not name.isprintable() or Path(name).name != name:
+        raise InputError(f"--name: {name!r} is no plain folder name; use letters, digits, '-', '_' and '.'.")
+    return name
+
+
+def runs_named(root: Path, name: str) -> list[Path]:
+    """Return the run directories of `name`, name-2, name-3, ... under `root`, the newest last."""
+    first = [root / name] if (root / name).is_dir() else []
+    later = [
+        path for path in root.glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal() and path.is_dir()
+    ]
+    return first + sorted(later, key=lambda path: int(path.name.removeprefix(f"{name}-")))
+
+
+def fresh_name(root: Path, name: str) -> str:
+    """Return `name` if no run has it, else the first free of name-2, name-3, ..."""
+    number = 1
+    while (root / (candidate := name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+def last_checkpoint(root: Path, name: str) -> tuple[Path, list[Path]]:
+    """Return the newest intact checkpoint of the newest run of `name` that has any, and the damaged ones passed over.
+
+    Raises:
+        InputError: There is none.
+    """
+    damaged: list[Path] = []
+    for run in reversed(runs_named(root, name)):
+        for path, intact in checkpoint.newest_intact(run):
+            if intact:
+                return path, damaged
+            damaged.append(path)
+    bad = f" ({len(damaged)} damaged: {damaged[0]})" if damaged else ""
+    raise InputError(f"--ckpt_path last: no run named {name} under {root} has an intact checkpoint{bad}.")
+
+
+def run_of(ckpt_path: Path) -> Path:
+    """Return the run directory that a checkpoint lies in; relative where it is below the working directory."""
+    return shown(ckpt_path.resolve().parent.parent)
+
+
+def shown(path: Path) -> Path:
+    """Return a path as people like to read it: relative where it lies below the working directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
