@@ -77,12 +77,7 @@ def configs(arguments: list[str]) -> None:
     """List the recipes that come with the package."""
     if _asks_for_help(arguments, "configs", "List the recipes that come with lit-tune, for --config NAME."):
         return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for name, path in recipes.shipped().items():
-        table.add_row(name, Text(recipes.purpose(path)))
-    Console(highlight=False).print(table)
+    _print_pairs({name: recipes.purpose(path) for name, path in recipes.shipped().items()})
 
 
 # -- lit-tune env ------------------------------------------------------------------------------------------------------
@@ -92,12 +87,7 @@ def env(arguments: list[str]) -> None:
     """Print versions, devices and memory, without names, paths or secrets."""
     if _asks_for_help(arguments, "env", "Print versions, devices and memory, for a bug report; no names, no secrets."):
         return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for name, value in environment().items():
-        table.add_row(name, Text(value))
-    Console(highlight=False).print(table)
+    _print_pairs(environment())
 
 
 def environment() -> dict[str, str]:
@@ -128,6 +118,16 @@ def _installed(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _print_pairs(rows: dict[str, str]) -> None:
+    """Print names and what belongs to them in two columns, the second folded at the terminal's width."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    Console(highlight=False).print(table)
 
 
 def _asks_for_help(arguments: list[str], command: str, text: str) -> bool:

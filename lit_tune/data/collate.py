@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lit_tune.data.encode import IGNORED
+
 # A sample: token ids [T] and labels [T]
 Sample = tuple[NDArray[Any], NDArray[Any]]
-
-IGNORED = -100
 
 
 def collate(samples: Sequence[Sample], *, packing: bool, pad_token_id: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +59,11 @@ class Prepared:
     template: Template
     train: Encoded
     val: Encoded | None
+
+    @cached_property
+    def digest(self) -> str:
+        """The hash of the training data; every checkpoint holds it, so it is made once."""
+        return content_digest(self.train)
 
 
 class InstructData(LightningDataModule):
@@ -269,12 +275,13 @@ class InstructData(LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        cut = self._source().cut
+        trainer: Any = self.trainer
+        cut = self.cut(world=trainer.world_size, accumulate=trainer.accumulate_grad_batches)
         batch = f"{cut.samples * cut.slots} samples" if cut.samples else f"{cut.slots} x {cut.tokens} tokens"
         return {
             "steps_done": self.steps_done,
             "seed": self._seed(),
-            "data": content_digest(self._ready().train),
+            "data": self._ready().digest,
             "batch": f"{batch} an optimizer step in {cut.accumulate} micro-batches per device, packing {cut.packing}",
         }
 
