@@ -1,7 +1,8 @@
 """The `lit-tune` command: the first word chooses between Lightning's `fit|validate|test|predict` and our own tools.
 
 Only this file turns faults into exit codes: 0 done, 1 a fault of ours, 2 the user's input, 3 out of memory, 4 saving
-failed, 5 loss not finite, 130 SIGINT, 143 SIGTERM. Imports are made where they are needed, so that `--help` is quick.
+failed, 5 loss not finite, 130 SIGINT, 143 SIGTERM or the end of --time-limit. Imports are made where needed, so
+that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -90,9 +91,8 @@ def exit_code(action: Callable[[], Any]) -> int:
         return _say(str(error), error.exit_code)
     except Interrupted as stop:
         saved = f"; saved {stop.checkpoint}; go on with --ckpt_path last" if stop.checkpoint else "; nothing was saved"
-        name = signal.Signals(stop.exit_code - 128).name
         # A launched process ends quietly: its parent speaks, and takes another code than 0 for a crash.
-        return _say(f"stopped by {name}{saved}", stop.exit_code) if _speaks() else 0
+        return _say(f"{stop}{saved}", stop.exit_code) if _speaks() else 0
     except MemoryError as error:
         return _say(f"out of host memory: {error}. {_LESS_MEMORY}", 3, on_any_rank=True)
     except RuntimeError as error:

@@ -3,6 +3,8 @@
 A fault's text is one line: the value, the place, the remedy. `cli.main` prints it without a traceback.
 """
 
+import signal
+
 
 class InputError(ValueError):
     """The user's input is wrong: a setting, a file, a record, a missing base model."""
@@ -23,12 +25,18 @@ class NonFiniteError(ArithmeticError):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived, the optimizer step was finished and a checkpoint saved.
+    """SIGINT or SIGTERM arrived, or the time was up; the optimizer step was finished and a checkpoint saved.
 
     Not an `Exception`, so that no `except Exception` on the way swallows the request to stop.
+
+    Args:
+        signal_number: The signal; SIGTERM where the time was up.
+        checkpoint: Where the run goes on from; None if nothing was saved.
+        reason: What stopped the run, if not the signal.
     """
 
-    def __init__(self, signal_number: int, checkpoint: str | None) -> None:
-        super().__init__(f"stopped by signal {signal_number}")
+    def __init__(self, signal_number: int, checkpoint: str | None, reason: str | None = None) -> None:
+        self.reason = reason or signal.Signals(signal_number).name
+        super().__init__(f"stopped by {self.reason}")
         self.exit_code = 128 + signal_number
         self.checkpoint = checkpoint

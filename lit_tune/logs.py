@@ -25,7 +25,8 @@ class MetricsCsv(Logger):
 
     Args:
         directory: The run's directory.
-        first_step: Rows from this step on are dropped first: a continued run makes them anew.
+        first_step: Rows from this step on are dropped first: a continued run makes them anew. What it still adds to the
+            step before, such as a validation, goes into that step's row.
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0) -> None:
@@ -60,7 +61,7 @@ class MetricsCsv(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         number = str(step or 0)
         if self._pending.get("step") not in (None, number):
-            self._flush()
+            self.flush()
         values = {name: f"{float(value):.9g}" for name, value in metrics.items()}
         self._pending |= {"step": number} | values
 
@@ -72,9 +73,15 @@ class MetricsCsv(Logger):
     @override
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self._flush()
+        self.flush()
 
-    def _flush(self) -> None:
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write the row under way; only between two steps, when nothing is to be added to it.
+
+        Raises:
+            SaveError: The disk is full, read-only or gone.
+        """
         if not self._pending:
             return
         try:
@@ -83,14 +90,17 @@ class MetricsCsv(Logger):
             raise SaveError(f"{self.path}: the metrics could not be written ({error.strerror}).") from error
 
     def _write_row(self) -> None:
-        if new := [name for name in self._pending if name not in self._columns]:
+        if self._pending.keys() <= set(self._columns):
+            with self.path.open("a", newline="") as stream:
+                csv.DictWriter(stream, self._columns).writerow(self._pending)
+        else:
             # The table's head changes: for the first row, for a metric that comes later, and for a run that goes on.
             rows = self._rows_that_hold()
-            known = {name for row in rows for name in row}
-            self._columns = ["step", *sorted((known | set(self._columns) | set(new)) - {"step"})]
-            self._rewrite(rows)
-        with self.path.open("a", newline="") as stream:
-            csv.DictWriter(stream, self._columns).writerow(self._pending)
+            if rows and rows[-1]["step"] == self._pending["step"]:
+                self._pending = {name: value for name, value in rows.pop().items() if value} | self._pending
+            known = {name for row in [*rows, self._pending] for name in row} | set(self._columns)
+            self._columns = ["step", *sorted(known - {"step"})]
+            self._rewrite([*rows, self._pending])
         self._pending = {}
 
     def _rows_that_hold(self) -> list[Row]:
@@ -98,7 +108,10 @@ class MetricsCsv(Logger):
         if not self.path.is_file():
             return []
         rows = read_metrics(self.path)
-        return rows if self._columns else [row for row in rows if int(row["step"]) < self.first_step]
+        if self._columns:
+            return rows
+        # A row with cells missing is the last of a process that was killed while it wrote, so it is no row that holds.
+        return [row for row in rows if None not in row.values() and int(row["step"]) < self.first_step]
 
     def _rewrite(self, rows: list[Row]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ Written beside its place and renamed, then read back: an empty or half-written r
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lit_tune.modules import load
 from lit_tune.modules.llama import LlamaTuner, compute_dtype
 
 TEMPLATE_FILE = "prompt_template.jinja"
+RUN_FILE = "run.json"
 
 
 def save_result(module: LlamaTuner, data: InstructData, directory: Path, *, precision: str) -> None:
@@ -36,6 +38,7 @@ def save_result(module: LlamaTuner, data: InstructData, directory: Path, *, prec
         partial.mkdir(parents=True)
         _save_model(module, data, partial, precision)
         _save_tokenizer(data, partial)
+        (partial / RUN_FILE).write_text(json.dumps({"optimizer_steps": module.trainer.global_step}) + "\n")
         _verify(partial)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
@@ -45,6 +48,14 @@ def save_result(module: LlamaTuner, data: InstructData, directory: Path, *, prec
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def steps_of(directory: Path) -> int | None:
+    """Return the optimizer steps that a result was trained for; None where there is none."""
+    try:
+        return int(json.loads((directory / RUN_FILE).read_text())["optimizer_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _save_model(module: LlamaTuner, data: InstructData, directory: Path, precision: str) -> None:

@@ -13,8 +13,9 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -24,8 +25,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from typing_extensions import override
 
-from lit_tune import checkpoint, recipes
+from lit_tune import checkpoint, lock, recipes
 from lit_tune.callbacks.checkpoint import Checkpoint
+from lit_tune.callbacks.continuation import Continuation
 from lit_tune.callbacks.epoch_summary import EpochSummary
 from lit_tune.callbacks.memory import MemoryMonitor
 from lit_tune.callbacks.parameters import ParameterCount
@@ -35,15 +37,16 @@ from lit_tune.callbacks.stop import GracefulStop
 from lit_tune.callbacks.summary import RunSummary, SampleChange, print_summary
 from lit_tune.callbacks.throughput import Throughput
 from lit_tune.data.instruct import InstructData, Prepared
+from lit_tune.duration import seconds_of
 from lit_tune.errors import InputError
 from lit_tune.logs import FILE as METRICS_FILE
 from lit_tune.logs import MetricsCsv
 from lit_tune.modules.llama import LlamaTuner
 from lit_tune.modules.load import load_config
-from lit_tune.parser import TuneParser, restrict_imports
+from lit_tune.parser import TuneParser, restrict_imports, suggestion
 from lit_tune.quiet import quieten
-from lit_tune.result import save_result
-from lit_tune.runs import RUNS, check_name, fresh_name, last_checkpoint, run_of, runs_named, shown
+from lit_tune.result import save_result, steps_of
+from lit_tune.runs import RUNS, check_name, fresh_name, last_checkpoint, make_directory, run_of, runs_named, shown
 
 RESULT = "result"
 CONFIG = "config.yaml"
@@ -142,13 +145,19 @@ class TuneCLI(LightningCLI):
         self.console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=not is_main_process())
         self.resumed_from: Path | None = None
         self._steps_done = 0
+        self._time_limit_s: int | None = None
         self.directory: Path | None = None
-        self._started = time.monotonic()
+        self._lock: IO[str] | None = None
+        # By the clock that never jumps: when this process began, its imports included.
+        self._started = time.monotonic() - (time.time() - psutil.Process().create_time())
         try:
             self._build_and_run(arguments, run=run, description=description)
         except BaseException:
             self._discard_unused_directory()
             raise
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def _build_and_run(self, arguments: list[str], *, run: bool, description: str) -> None:
         super().__init__(
@@ -181,6 +190,20 @@ class TuneCLI(LightningCLI):
             default=None,
             help="Name of the run and of its folder under runs/; left out, the recipe's name, else the method. A name "
             "that exists gets -2, -3, ...; with --ckpt_path last, the newest run of that name goes on.",
+        )
+        parser.add_argument(
+            "--time_limit",
+            "--time-limit",
+            type=str | None,
+            default=None,
+            help="End before this much time has passed, with a checkpoint and exit code 143: 90m, 1h30m or 01:30:00.",
+        )
+        parser.add_argument(
+            "--allow_changed",
+            type=str | None,
+            default=None,
+            help="With --ckpt_path: settings that may differ from the checkpoint's, separated by commas, such as "
+            "model.learning_rate,data.path.",
         )
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -218,6 +241,8 @@ class TuneCLI(LightningCLI):
         if self.subcommand == "fit" and not trainer["fast_dev_run"]:
             self.directory = self._claim_directory(root, check_name(wanted))
             settings["name"] = self.directory.name
+        if settings["time_limit"]:
+            self._time_limit_s = seconds_of(settings["time_limit"], setting="--time-limit")
 
     def _find_checkpoint(self, root: Path, name: str) -> None:
         """Turn `--ckpt_path last`, `best` or a path into the path of an intact checkpoint."""
@@ -239,19 +264,16 @@ class TuneCLI(LightningCLI):
     def _claim_directory(self, root: Path, name: str) -> Path:
         """Choose the run's directory and make it, on rank 0; a continued run keeps its own."""
         if self.resumed_from is not None:
-            return run_of(self.resumed_from)
-        if given := os.environ.get(NAME_VARIABLE):
+            directory = run_of(self.resumed_from)
+        elif given := os.environ.get(NAME_VARIABLE):
             return root / given
-        directory = root / fresh_name(root, name)
-        if is_main_process():
+        elif is_main_process():
+            directory = make_directory(root, name)
             os.environ[NAME_VARIABLE] = directory.name
-            try:
-                directory.mkdir(parents=True)
-            except OSError as error:
-                raise InputError(
-                    f"{directory}: the run's directory cannot be made ({error.strerror}); "
-                    "set trainer.default_root_dir to a place you may write to."
-                ) from error
+        else:
+            return root / fresh_name(root, name)
+        if is_main_process():
+            self._lock = lock.hold(directory)
         return directory
 
     def _discard_unused_directory(self) -> None:
@@ -272,7 +294,8 @@ class TuneCLI(LightningCLI):
                 "run; set trainer.accumulate_grad_batches or data.global_batch_size."
             )
         config["callbacks"] = [*(config["callbacks"] or []), *self._own_callbacks(config)]
-        config["plugins"] = [*_as_list(config["plugins"]), checkpoint.AtomicCheckpointIO()]
+        writer = checkpoint.AtomicCheckpointIO(asynchronous=self._checkpoint.asynchronous)
+        config["plugins"] = [*_as_list(config["plugins"]), writer]
         if config["logger"] in (None, True):
             config["logger"] = self._own_loggers() if self.directory else False
         trainer = super().instantiate_trainer(**kwargs)
@@ -289,14 +312,25 @@ class TuneCLI(LightningCLI):
         if self.progress is not None:
             callbacks.append(self.progress)
         if self.subcommand == "fit":
-            # After the checkpoint callback, which LightningCLI appends: a signal at an epoch's end uses its save.
-            self._get(self.config_init, "checkpoint").bind(self.directory)
+            self._checkpoint.bind(self.directory, flush_logs=self._flush_logs)
         return callbacks
+
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        saver: Checkpoint = self._get(self.config_init, "checkpoint")
+        return saver
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        saver = next(callback for callback in callbacks if isinstance(callback, Checkpoint))
-        return super()._instantiate_trainer(config, [*callbacks, GracefulStop(saver)])
+        # What saves and stops does so between two steps: before the other callbacks have begun with the next one.
+        saver = self._checkpoint
+        first = [
+            saver,
+            GracefulStop(saver, time_limit_s=self._time_limit_s, started=self._started),
+            Continuation(self.datamodule.place_after),
+        ]
+        config["callbacks"] = [*first, *config["callbacks"]]
+        return super()._instantiate_trainer(config, [callback for callback in callbacks if callback is not saver])
 
     def _own_loggers(self) -> list[Any]:
         assert self.directory is not None
@@ -310,6 +344,13 @@ class TuneCLI(LightningCLI):
         )
         return [board, MetricsCsv(self.directory, first_step=first_step)]
 
+    def _flush_logs(self) -> None:
+        for logger in self.trainer.loggers:
+            if isinstance(logger, MetricsCsv):
+                logger.flush()
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
+
     # -- fit ---------------------------------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
@@ -319,7 +360,10 @@ class TuneCLI(LightningCLI):
         total = self.datamodule.total_steps()
         if self.progress is not None:
             self.progress.total_steps = total
-        if self.resumed_from and self._steps_done >= total:
+        finished = (
+            self._steps_done >= total and self.directory and steps_of(self.directory / RESULT) == self._steps_done
+        )
+        if self.resumed_from and finished:
             self.console.print(
                 f"{self.directory} is finished: {self._steps_done} optimizer steps done. "
                 "Raise trainer.max_epochs or trainer.max_steps to go on, or leave out --ckpt_path for a new run."
@@ -328,6 +372,7 @@ class TuneCLI(LightningCLI):
 
     def prepare(self) -> None:
         """Fetch the base, tokenise the data and hand the callbacks what they need."""
+        self.model.allow_changed = self.datamodule.allow_changed = self._allowed_changes()
         ready = self.datamodule.prepare(self.model.load_tokenizer)
         self._check_context(ready)
         samples = self._get(self.config_init, "samples")
@@ -339,6 +384,14 @@ class TuneCLI(LightningCLI):
             before_sampling=self.throughput.pause,
         )
         self.samples = samples
+
+    def _allowed_changes(self) -> list[str]:
+        allowed = [name.strip() for name in (self.settings["allow_changed"] or "").split(",") if name.strip()]
+        known = set(self.settings.as_flat().__dict__)
+        for name in allowed:
+            if name not in known:
+                raise InputError(f"--allow_changed: there is no setting {name!r}.{suggestion(name, sorted(known))}")
+        return allowed
 
     def _check_context(self, ready: Prepared) -> None:
         """Refuse samples that are longer than the positions the model knows."""
@@ -377,11 +430,9 @@ class TuneCLI(LightningCLI):
 
     def _log_hyperparameters(self) -> None:
         """Put the settings and the final metrics into TensorBoard's HParams tab."""
-        metrics = {
-            name: float(value)
-            for name, value in self.trainer.callback_metrics.items()
-            if name in ("train/epoch_loss", "val/loss", "val/perplexity")
-        }
+        # By names of their own: points of the curves they are not.
+        last = {"train_epoch_loss": self.epochs.epoch_losses[-1:], "val_loss": self.epochs.val_losses[-1:]}
+        metrics = {f"final/{name}": value for name, values in last.items() for value in values if value is not None}
         settings = {
             f"{part}.{key}": str(value) if isinstance(value, list | dict) else value
             for part in ("model", "data")

@@ -38,6 +38,28 @@ def fresh_name(root: Path, name: str) -> str:
     return candidate
 
 
+def make_directory(root: Path, name: str) -> Path:
+    """Make the directory of a new run and return it; of two that start at once, each gets its own.
+
+    Raises:
+        InputError: It cannot be made there.
+    """
+    while True:
+        directory = root / fresh_name(root, name)
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            if not directory.is_dir():
+                raise InputError(f"{directory}: a file stands where the run's directory should be.") from None
+            continue
+        except OSError as error:
+            raise InputError(
+                f"{directory}: the run's directory cannot be made ({error.strerror}); "
+                "set trainer.default_root_dir to a place you may write to."
+            ) from error
+        return directory
+
+
 def last_checkpoint(root: Path, name: str) -> tuple[Path, list[Path]]:
     """Return the newest intact checkpoint of the newest run of `name` that has any, and the damaged ones passed over.
 

@@ -59,8 +59,10 @@ class EpochSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, Any], batch_idx: int
     ) -> None:
         if batch["epoch"] != self._epoch:
-            self._end_epoch(pl_module)
             self._begin_epoch(batch["epoch"])
+        elif len(self.epoch_losses) > self._epoch:
+            # `max_steps` had cut the epoch short, and the run goes on: its line comes again, of the whole epoch.
+            del self.epoch_losses[self._epoch :], self.val_losses[self._epoch :]
         if self._started is None:
             self._started = self.clock()
 
@@ -88,12 +90,20 @@ class EpochSummary(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._end_epoch(pl_module):
-            pl_module.log("train/epoch_loss", self.epoch_losses[-1], sync_dist=True)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_epoch(pl_module)
+        nll, supervised, tokens = self._sums.tolist()
+        if not supervised:
+            return
+        self.epoch_losses.append(nll / supervised)
+        self.val_losses.append(self._val_loss)
+        line = epoch_line(
+            self._epoch,
+            loss=self.epoch_losses[-1],
+            val_loss=self._val_loss,
+            tokens=int(tokens),
+            seconds=self._epoch_seconds(),
+        )
+        pl_module.print(line)
+        pl_module.log("train/epoch_loss", self.epoch_losses[-1], sync_dist=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -124,27 +134,7 @@ class EpochSummary(Callback):
         # NOTE: `new_full` fills on the device; `torch.tensor(..., device=...)` would copy, and wait for the device.
         counts = [self._step_nll.new_full((), count) for count in (self._step_supervised, self._step_tokens)]
         step_sums = trainer.strategy.reduce(torch.stack([self._step_nll, *counts]), reduce_op="sum")
-        self._sums = self._sums.to(step_sums.device) + step_sums
+        # A step that was skipped because its loss is not finite is not part of the average.
+        counted = torch.where(step_sums.isfinite().all(), step_sums, torch.zeros_like(step_sums))
+        self._sums = self._sums.to(step_sums.device) + counted
         self._step_nll, self._step_supervised, self._step_tokens = None, 0, 0
-
-    def _end_epoch(self, pl_module: LightningModule) -> bool:
-        """Print and keep the epoch under way, if it has begun.
-
-        NOTE: a run resumed from a checkpoint of an epoch's last batch gets no `on_train_epoch_end` for that epoch from
-        Lightning, so the next epoch's first batch and the run's end come here too.
-        """
-        nll, supervised, tokens = self._sums.tolist()
-        if not supervised:
-            return False
-        self.epoch_losses.append(nll / supervised)
-        self.val_losses.append(self._val_loss)
-        line = epoch_line(
-            self._epoch,
-            loss=self.epoch_losses[-1],
-            val_loss=self._val_loss,
-            tokens=int(tokens),
-            seconds=self._epoch_seconds(),
-        )
-        pl_module.print(line)
-        self._begin_epoch(self._epoch + 1)
-        return True

@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM: finish the optimizer step, save a checkpoint, end. A second signal ends at once."""
+"""Ctrl-C, SIGTERM and the end of the time: finish the optimizer step, save, end. A second signal ends at once."""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -15,18 +16,29 @@ from lit_tune.callbacks.checkpoint import Checkpoint
 from lit_tune.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ENDING_S = 5.0  # what it takes to end beside saving
 
 
 class GracefulStop(Callback):
-    """Stop at the next optimizer step after a signal to any rank, with a checkpoint of it.
+    """Stop at the end of the optimizer step after a signal to any rank, or before the time is up, with a checkpoint.
 
-    The checkpoint is saved at the step's end; the run ends a moment later, when Lightning has logged that step.
+    A validation or the wait for the next step is not waited for: it is done first when the run goes on.
+
+    Args:
+        checkpoint: Saves.
+        time_limit_s: Seconds after which the run must have ended; none without a number.
+        started: When they began, by `clock`.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, time_limit_s: float | None = None, started: float = 0.0) -> None:
         self.checkpoint = checkpoint
+        self.time_limit_s = time_limit_s
+        self.clock: Callable[[], float] = time.monotonic
         self.received = 0
-        self._stop: Interrupted | None = None
+        self._started = started
+        self._longest_pause_s = 0.0  # between two occasions to stop
+        self._last_occasion: float | None = None
+        self._reason: str | None = None
         self._previous: dict[int, Any] = {}
 
     @override
@@ -40,51 +52,59 @@ class GracefulStop(Callback):
         self.received = number
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # NOTE: an epoch's last step waits for on_train_epoch_end, before which its checkpoint is saved.
-        if batch["last_of_step"] and not trainer.is_last_batch and (number := self._agreed(trainer)):
-            self.checkpoint.save(trainer)
-            self._stop = self._interrupted(number)
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if number := self._agreed(trainer):
-            self._stop = self._interrupted(number)
-
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._end_if_asked()
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_if_asked()
+        if batch["first_of_step"]:
+            self._stop_if_asked(trainer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_if_asked()
+        self._stop_if_asked(trainer, validating=True)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._stop_if_asked(trainer, validating=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # NOTE: not in teardown: by then Lightning has put back what was there before the run, and would be undone.
         self._restore()
 
-    def _end_if_asked(self) -> None:
-        if self._stop is not None:
+    def _stop_if_asked(self, trainer: Trainer, *, validating: bool = False) -> None:
+        # The run's last validation is not put off: nothing would be left to continue.
+        over = trainer.global_step == trainer.max_steps
+        if not self._previous or (validating and over):
+            return
+        if number := self._agreed(trainer):
+            self.checkpoint.save(trainer, validation_due=validating)
+            self.checkpoint.wait(trainer)
             self._restore()
-            raise self._stop
+            raise self._interrupted(number)
 
     def _interrupted(self, number: int) -> Interrupted:
         newest = self.checkpoint.newest
-        return Interrupted(number, checkpoint=str(newest) if newest else None)
+        return Interrupted(number, checkpoint=str(newest) if newest else None, reason=self._reason)
 
     def _agreed(self, trainer: Trainer) -> int:
         """Return the signal that any rank received, 0 for none; the same on all ranks, so that all stop together."""
+        if not self.received and self._time_is_up():
+            self._reason, self.received = "--time-limit", signal.SIGTERM
         if trainer.world_size == 1:
             return self.received
         flag = torch.tensor(float(self.received), device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(flag, reduce_op="max"))
+
+    def _time_is_up(self) -> bool:
+        """Say whether another step as long as the longest, and saving, would take too long."""
+        if self.time_limit_s is None:
+            return False
+        now = self.clock()
+        if self._last_occasion is not None:
+            self._longest_pause_s = max(self._longest_pause_s, now - self._last_occasion)
+        self._last_occasion = now
+        needed = self._longest_pause_s + self.checkpoint.longest_save_s + ENDING_S
+        return now - self._started + needed >= self.time_limit_s
 
     def _restore(self) -> None:
         handlers: dict[int, Callable[..., Any]] = self._previous

@@ -16,8 +16,10 @@ num_supervised     int                 of these, those with a label
 num_samples        int                 samples; 0 in the filler that an idle rank gets at an epoch's end
 step_supervised    int                 training only: supervised tokens of the whole optimizer step, all ranks
 epoch, step        int                 training only: epoch, and optimizer step counted from the run's start
+first_of_step      bool                training only: an optimizer step begins with this micro-batch
 last_of_step       bool                training only: the optimizer steps after this micro-batch
-rng_seed           int                 training only: seeds dropout; a function of (seed, step, micro-batch, rank)
+rng_seed           int                 training only: seeds dropout; a function of (seed, step, place in the step)
+sample_ids         list[int]           training only: the records that the samples were made of, by place in the file
 =================  ==================  ===============================================================================
 """
 

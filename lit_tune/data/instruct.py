@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from lit_tune.cache import cache_directory
+from lit_tune.continuation import Setting, changed, refuse_changes
 from lit_tune.data.encode import IGNORED, Encoded, encode_dataset
 from lit_tune.data.loader import HeldOutLoader, PromptLoader, SizedTrainLoader, StepSource, TrainLoader
 from lit_tune.data.packing import Cut
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MICRO_BATCH_SIZE = 4
 PROMPTS_A_BATCH = 16
+DATA_CONTENT = "data.path"
 Limit = str | int | list[int] | None
 
 
@@ -122,8 +124,9 @@ class InstructData(LightningDataModule):
         self.val_fraction = val_fraction
         self.val_path = val_path
         self.max_new_tokens = 128  # of an answer, in `predict`
+        self.allow_changed: Collection[str] = ()  # settings that a continued run may have otherwise
         self.prepared: Prepared | None = None
-        self.steps_done = 0
+        self._source: StepSource | None = None
 
     # -- preparation -------------------------------------------------------------------------------------------------
 
@@ -224,15 +227,14 @@ class InstructData(LightningDataModule):
             )
         return derived
 
-    def _source(self) -> StepSource:
+    def source(self) -> StepSource:
+        """Return the optimizer steps of the trainer's run."""
         trainer: Any = self.trainer
         ready = self._ready()
-        return StepSource(
-            ready.train,
-            self.cut(world=trainer.world_size, accumulate=trainer.accumulate_grad_batches),
-            seed=self._seed(),
-            pad_token_id=_pad_token_id(ready),
-        )
+        cut = self.cut(world=trainer.world_size, accumulate=trainer.accumulate_grad_batches)
+        if self._source is None or self._source.cut != cut or self._source.seed != self._seed():
+            self._source = StepSource(ready.train, cut, seed=self._seed(), pad_token_id=_pad_token_id(ready))
+        return self._source
 
     @staticmethod
     def _seed() -> int:
@@ -240,7 +242,7 @@ class InstructData(LightningDataModule):
 
     def optimizer_steps(self, epochs: int, *, at_most: int | None = None) -> int:
         """Return the number of optimizer steps in the first `epochs` epochs, counting no further than `at_most`."""
-        source = self._source()
+        source = self.source()
         total = 0
         for epoch in range(epochs):  # with a token budget, every epoch has its own number
             total += source.steps_in(epoch)
@@ -261,40 +263,58 @@ class InstructData(LightningDataModule):
     @override
     def train_dataloader(self) -> TrainLoader:
         trainer: Any = self.trainer
-        source = self._source()
+        source = self.source()
         kind = SizedTrainLoader if source.cut.samples is not None else TrainLoader
-        return kind(source, rank=trainer.global_rank, steps_done=self.steps_done)
+        return kind(source, rank=trainer.global_rank, steps_done=lambda: int(trainer.global_step))
 
-    @override
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # Lightning transfers a batch right before its training step and saves after it, so this counts what was
-        # processed, however far ahead batches are fetched.
-        if "step" in batch:
-            self.steps_done = batch["step"] + batch["last_of_step"]
-        return batch
+    # -- going on with a run -----------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Setting]:
+        """Return what decides which samples an optimizer step trains on, by the names of the settings.
+
+        How a step is cut into devices, accumulation and micro-batches is not among it.
+        """
+        cut = self.source().cut
+        limit = self.limit if isinstance(self.limit, str | int | None) else [str(number) for number in self.limit]
+        return {
+            "seed_everything": self._seed(),
+            "data.template": self.template_name,
+            "data.max_length": self.max_length,
+            "data.over_length": self.over_length,
+            "data.limit": limit,
+            "data.val_fraction": self.val_fraction,
+            "data.global_batch_size": _global_batch(cut),
+            DATA_CONTENT: f"content {self._ready().digest}",  # last: the others above change it too
+        }
 
     @override
     def state_dict(self) -> dict[str, Any]:
         trainer: Any = self.trainer
-        cut = self.cut(world=trainer.world_size, accumulate=trainer.accumulate_grad_batches)
-        batch = f"{cut.samples * cut.slots} samples" if cut.samples else f"{cut.slots} x {cut.tokens} tokens"
-        return {
-            "steps_done": self.steps_done,
-            "seed": self._seed(),
-            "data": self._ready().digest,
-            "batch": f"{batch} an optimizer step in {cut.accumulate} micro-batches per device, packing {cut.packing}",
-        }
+        last = max(0, trainer.global_step - 1)
+        epoch, step = self.source().locate(last)
+        return {"settings": self.settings(), "epoch": epoch, "steps_before_epoch": last - step}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        now = self.state_dict()
-        for key, place in {"seed": "seed_everything", "data": "data", "batch": "the batch settings"}.items():
-            if state_dict[key] != now[key]:
-                raise InputError(
-                    f"{place}: the checkpoint was made with {state_dict[key]}, this run has {now[key]}: other "
-                    "samples or another order; continue with what it was made with, or start a new run."
-                )
-        self.steps_done = state_dict["steps_done"]
+        saved: Mapping[str, Setting] = state_dict["settings"]
+        now = self.settings()
+        allowed = set(self.allow_changed)
+        if any(name in allowed and name.startswith("data.") for name in changed(saved, now)):
+            allowed.add(DATA_CONTENT)  # another template or length makes other tokens of the same records
+        refuse_changes(saved, now, allowed=allowed)
+        if "data.global_batch_size" not in changed(saved, now):
+            self.source().know(epoch=state_dict["epoch"], steps_before=state_dict["steps_before_epoch"])
+
+    def place_after(self, step: int) -> tuple[int, int, bool]:
+        """Return where an optimizer step (0 is the run's first) ends, as the run is cut now.
+
+        Returns:
+            The epoch, a rank's micro-batches in it up to the step's end, and whether the epoch ends there too.
+        """
+        source = self.source()
+        epoch, number = source.locate(step)
+        steps = source.plan(epoch)[: number + 1]
+        return epoch, sum(len(micro_batches) for micro_batches in steps), len(steps) == source.steps_in(epoch)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -335,6 +355,13 @@ def last_prompt(tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> list[in
     supervised = labels != IGNORED
     starts = np.flatnonzero(supervised & ~np.concatenate([[False], supervised[:-1]]))
     return [int(token) for token in tokens[: starts[-1]]]
+
+
+def _global_batch(cut: Cut) -> str:
+    """Name the samples of an optimizer step, whatever they are cut into."""
+    if cut.samples is not None:
+        return f"{cut.samples * cut.slots} samples"
+    return f"{cut.slots} x {cut.tokens} tokens, {'packed' if cut.packing else 'padded'}"
 
 
 def _largest_divisor(number: int, *, at_most: int) -> int:

@@ -1,13 +1,14 @@
-"""Loaders whose whole state is one integer: the optimizer steps done since the run's start.
+"""Loaders without a state of their own: the optimizer steps done since the run's start say what comes next.
 
-Epoch and offset are derived from it, so nothing has to be counted on in a place that Lightning may skip. The samples
-lie tokenised in a memory map; making a micro-batch takes well under a millisecond, so no worker processes are needed.
+Epoch and offset are derived from that number, so nothing has to be counted on in a place that Lightning may skip, and
+no batch is replayed to get there. The samples lie tokenised in a memory map; making a micro-batch takes well under a
+millisecond, so no worker processes are needed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class StepSource:
         self.seed = seed
         self.pad_token_id = pad_token_id
         self._planned: tuple[int, list[Step]] = (-1, [])
+        self._known = (0, 0)
         self._supervised = supervised_counts(data)
 
     def steps_in(self, epoch: int) -> int:
@@ -56,13 +58,18 @@ class StepSource:
             return len(self._planned[1])
         return num_steps(self.data.lengths, self.cut, seed=self.seed, epoch=epoch)
 
+    def know(self, *, epoch: int, steps_before: int) -> None:
+        """Take as known how many steps come before an epoch: with a token budget, counting them takes planning."""
+        self._known = (epoch, steps_before)
+
     def locate(self, steps_done: int) -> tuple[int, int]:
         """Return (epoch, step within it) of the step that follows after `steps_done` steps."""
-        epoch = 0
-        while steps_done >= (steps := self.steps_in(epoch)):
-            steps_done -= steps
+        epoch, before = self._known if self._known[1] <= steps_done else (0, 0)
+        while steps_done - before >= (steps := self.steps_in(epoch)):
+            before += steps
             epoch += 1
-        return epoch, steps_done
+        self.know(epoch=epoch, steps_before=before)
+        return epoch, steps_done - before
 
     def plan(self, epoch: int) -> list[Step]:
         """Return the steps of an epoch."""
@@ -79,36 +86,41 @@ class StepSource:
                 "step_supervised": supervised,
                 "epoch": epoch,
                 "step": number,
+                "first_of_step": k == 0,
                 "last_of_step": k == len(step) - 1,
-                "rng_seed": rng_seed(self.seed, number, k, rank),
+                # By the place in the step, so that as many micro-batches on other ranks drop out the same.
+                "rng_seed": rng_seed(self.seed, number, k * self.cut.world + rank),
+                "sample_ids": [int(self.data.ids[i]) for i in micro[rank]],
             }
 
 
 class TrainLoader:
-    """One epoch's micro-batches of one rank for each `iter`, going on where `steps_done` says.
+    """One epoch's micro-batches of one rank for each `iter`, going on after the optimizer steps that are done by then.
 
     With a token budget the number of micro-batches differs between epochs; `SizedTrainLoader` is for the other case.
+
+    Args:
+        steps_done: Tells the optimizer steps done since the run's start: the trainer's own count, however far ahead
+            batches were fetched.
     """
 
-    def __init__(self, source: StepSource, *, rank: int, steps_done: int = 0) -> None:
+    def __init__(self, source: StepSource, *, rank: int, steps_done: Callable[[], int]) -> None:
         self.source = source
         self.rank = rank
         self.steps_done = steps_done
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, first = self.source.locate(self.steps_done)
-        for step in self.source.plan(epoch)[first:]:
-            number = self.steps_done
-            for batch in self.source.micro_batches(step, epoch=epoch, number=number, rank=self.rank):
-                self.steps_done = number + batch["last_of_step"]
-                yield batch
+        done = self.steps_done()
+        epoch, first = self.source.locate(done)
+        for number, step in enumerate(self.source.plan(epoch)[first:], start=done):
+            yield from self.source.micro_batches(step, epoch=epoch, number=number, rank=self.rank)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position; what Lightning restores is the data module's, which knows what was really processed."""
-        return {"steps_done": self.steps_done}
+        """Return nothing to save. That there is a state tells Lightning that the loader can go on in mid-epoch."""
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Do nothing: the data module has set the position already."""
+        """Do nothing: the position is the trainer's."""
 
 
 class SizedTrainLoader(TrainLoader):

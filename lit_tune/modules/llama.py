@@ -10,18 +10,21 @@ compute dtype under `*-true`; LoRA adapters always as fp32 masters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from lit_tune.continuation import Setting, refuse_changes
 from lit_tune.errors import InputError, NonFiniteError
 from lit_tune.generate import generate
 from lit_tune.modules import load
@@ -51,6 +54,17 @@ Method = Literal["lora", "fft"]
 Batch = dict[str, Any]
 
 DEFAULT_LEARNING_RATE = {"lora": 2e-4, "fft": 2e-5}
+MOST_IDS_NAMED = 20
+
+# What the tensors of a checkpoint are: with any of it changed they do not fit.
+FIXED_SETTINGS = (
+    "model.method",
+    "model.lora.rank",
+    "model.lora.targets",
+    "model.lora.bias",
+    "model.lora.variant",
+    "model.optimizer",
+)
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -106,6 +120,8 @@ class LlamaTuner(LightningModule):
         schedule: How the rate falls after the warm-up: on half a cosine, linearly, or not at all.
         gradient_checkpointing: `full` keeps only each layer's input and computes the rest again in the backward pass:
             much less activation memory for a third to a half more time. `none` keeps all.
+        skip_nonfinite: How many optimizer steps whose loss or gradient is NaN or infinite may be skipped, weights and
+            optimizer untouched, before the run ends; 0 ends it at the first.
         attention: `auto` is the package's padding-free attention; or a name that transformers knows, such as sdpa,
             eager or flash_attention_2.
     """
@@ -126,8 +142,11 @@ class LlamaTuner(LightningModule):
         schedule: ScheduleName = "cosine",
         gradient_checkpointing: Literal["none", "full"] = "none",
         attention: str = "auto",
+        skip_nonfinite: int = 0,
     ) -> None:
         super().__init__()
+        if skip_nonfinite < 0:
+            raise InputError(f"model.skip_nonfinite is {skip_nonfinite}; it must be 0 or more.")
         if method == "fft" and quantize != "none":
             raise InputError(
                 f"model.quantize is {quantize} with model.method fft: quantised weights cannot train; "
@@ -145,24 +164,47 @@ class LlamaTuner(LightningModule):
         self.schedule = schedule
         self.gradient_checkpointing = gradient_checkpointing
         self.attention = attention
+        self.skip_nonfinite = skip_nonfinite
+        self.skipped_steps = 0
+        self.allow_changed: Collection[str] = ()  # settings that a continued run may have otherwise
         # A LoRA checkpoint holds no base weights, so loading one must not miss them.
         self.strict_loading = method == "fft"
         self.val_nll = MeanMetric()
-        self._step_nll: Tensor | float = 0.0  # summed over the micro-batches of the optimizer step under way
+        self._step_parts: list[tuple[Sequence[int], Tensor]] = []  # of the step under way: sample ids, sum of their nll
+        self._step_ids: list[int] = []  # of the step whose gradient is complete
+        self._skip_step = False
         self._gradient_norm: Tensor | None = None
 
     # -- what the module is made of ----------------------------------------------------------------------------------
 
-    def describe(self) -> dict[str, Any]:
-        """Return the settings that make this model what it is, as plain values for a checkpoint."""
-        directory = load.base_directory(self.base)
-        return {
-            "base": self.base,
-            "fingerprint": load.fingerprint(directory),
-            "method": self.method,
-            "quantize": self.quantize,
-            "lora": asdict(self.lora) if self.method == "lora" else None,
+    def settings(self) -> dict[str, Setting]:
+        """Return what makes this model and its training what they are, by the names of the settings."""
+        described: dict[str, Setting] = {
+            "model.base": f"weights {self._fingerprint}",
+            "model.method": self.method,
+            "model.quantize": self.quantize,
         }
+        if self.method == "lora":
+            described |= {f"model.lora.{name}": value for name, value in vars(self.lora).items()}
+        return described
+
+    def training_settings(self) -> dict[str, Setting]:
+        """Return what else decides how the weights change in an optimizer step."""
+        return {
+            "model.optimizer": self.optimizer,
+            "model.learning_rate": self.learning_rate,
+            "model.weight_decay": self.weight_decay,
+            "model.warmup": self.warmup,
+            "model.schedule": self.schedule,
+            "trainer.precision": str(self.trainer.precision),
+            "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
+            "trainer.gradient_clip_algorithm": self.trainer.gradient_clip_algorithm,
+        }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        # Every checkpoint holds it.
+        return load.fingerprint(load.base_directory(self.base))
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the base's tokenizer (a fresh object at every call)."""
@@ -227,10 +269,10 @@ class LlamaTuner(LightningModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        # Dropout depends on (seed, step, rank) only, so nothing random has to be saved to continue a run.
+        # Dropout depends on the seed and the micro-batch's place only: nothing random has to be saved to go on.
         torch.manual_seed(batch["rng_seed"])
         nll = self.nll(batch)
-        self._step_nll = self._step_nll + nll.detach().double()
+        self._step_parts.append((batch["sample_ids"], nll.detach()))
         if batch["last_of_step"]:
             self._close_step(batch["step_supervised"], batch["step"])
         # Lightning divides by the accumulation, DDP's and FSDP's averages by the world: undo both, divide by tokens.
@@ -239,29 +281,57 @@ class LlamaTuner(LightningModule):
 
     def _close_step(self, supervised: int, step: int) -> None:
         """Log the loss of the optimizer step, the mean over its tokens of all ranks; it must be finite."""
-        total = self.trainer.strategy.reduce(self._step_nll, reduce_op="sum")
-        loss = float(total) / supervised
-        self._step_nll = 0.0
-        if not torch.isfinite(torch.tensor(loss)):
-            raise NonFiniteError(
-                f"the loss of optimizer step {step} is {loss}; the weights were not updated with it. Lower "
-                f"model.learning_rate (now {self.learning_rate}), or use trainer.precision bf16-mixed or 32-true."
-            )
+        own = torch.stack([nll.double() for _, nll in self._step_parts]).sum()
+        loss = float(self.trainer.strategy.reduce(own, reduce_op="sum")) / supervised
+        if not math.isfinite(loss):
+            broken = [i for ids, nll in self._step_parts if not math.isfinite(float(nll)) for i in ids]
+            self._skip_or_stop(f"the loss of optimizer step {step} is {loss}", broken)
+        self._step_ids = [i for ids, _ in self._step_parts for i in ids]
+        self._step_parts = []
         self.log("train/loss", loss, prog_bar=True, rank_zero_only=True)
+
+    def _skip_or_stop(self, fault: str, own_ids: Sequence[int]) -> None:
+        """Have the step left out, if as many may be; all ranks come here together.
+
+        Args:
+            fault: What is not finite, and where.
+            own_ids: The samples that it comes from, those of this rank.
+
+        Raises:
+            NonFiniteError: No more steps may be skipped.
+        """
+        self._skip_step = True
+        self.skipped_steps += 1
+        where = f"{fault} ({_named(_of_all_ranks(own_ids))})"
+        if self.skipped_steps <= self.skip_nonfinite:
+            self.print(
+                f"Skipped: {where}; {self.skipped_steps} of at most {self.skip_nonfinite} (model.skip_nonfinite)"
+            )
+            return
+        often = f" after {self.skip_nonfinite} skipped steps" if self.skip_nonfinite else ""
+        raise NonFiniteError(
+            f"{where}{often}; the weights were not updated with it. Lower model.learning_rate (now "
+            f"{self.learning_rate}), use trainer.precision bf16-mixed or 32-true, look at the records with `lit-tune "
+            "data --show`, or let model.skip_nonfinite skip some steps."
+        )
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        # fp16's scaler skips a step whose gradients overflow, and lowers its scale; elsewhere that is the end.
-        if not self.trainer.precision.startswith("16") and not torch.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradient of optimizer step {self.trainer.global_step} is {float(norm)}; the weights were not "
-                f"updated with it. Lower model.learning_rate (now {self.learning_rate}) or use another precision."
-            )
-        self._gradient_norm = norm
+        # fp16's scaler skips a step whose gradients overflow, and lowers its scale; a broken loss is left to it too.
+        if not str(self.trainer.precision).startswith("16"):
+            if not self._skip_step and not torch.isfinite(norm):
+                step = self.trainer.global_step
+                self._skip_or_stop(f"the gradient of optimizer step {step} is {float(norm)}", self._step_ids)
+            if self._skip_step:  # an optimizer leaves alone what has no gradient
+                optimizer.zero_grad(set_to_none=True)
+        self._gradient_norm = None if self._skip_step else norm
+        self._skip_step = False
         self.log("train/grad_norm", norm, rank_zero_only=True)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"], rank_zero_only=True)
+        if self.skip_nonfinite:
+            self.log("train/skipped_steps", float(self.skipped_steps), rank_zero_only=True)
 
     @override
     def configure_gradient_clipping(
@@ -289,17 +359,20 @@ class LlamaTuner(LightningModule):
             weight_decay=self.weight_decay,
             fused=not str(self.trainer.precision).startswith("16"),
         )
-        data: Any = getattr(self.trainer, "datamodule", None)
-        total = data.total_steps()
-        warmup = warmup_steps(self.warmup, total)
-
-        def factor(step: int) -> float:
-            return learning_rate_factor(step, schedule=self.schedule, warmup=warmup, total_steps=total)
-
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._learning_rate_factor()), "interval": "step"},
         }
+
+    def _learning_rate_factor(self) -> Callable[[int], float]:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        total = data.total_steps()
+        return partial(
+            learning_rate_factor,
+            schedule=self.schedule,
+            warmup=warmup_steps(self.warmup, total),
+            total_steps=total,
+        )
 
     # -- validation --------------------------------------------------------------------------------------------------
 
@@ -349,14 +422,47 @@ class LlamaTuner(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lit_tune"] = self.describe()
+        checkpoint["lit_tune"] = {
+            "settings": self.settings() | self.training_settings(),
+            "skipped_steps": self.skipped_steps,
+        }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved: Mapping[str, Any] = checkpoint.get("lit_tune", {})
-        for key, now in self.describe().items():
-            if key != "base" and saved.get(key) != now:
-                raise InputError(
-                    f"the checkpoint was made with {key} {saved.get(key)!r}, this run has {now!r}; "
-                    "continue with the settings it was made with, or start a new run from its result (--model.adapter)."
-                )
+        trains = self.trainer.state.fn == TrainerFn.FITTING
+        now = self.settings() | (self.training_settings() if trains else {})
+        refuse_changes(checkpoint["lit_tune"]["settings"], now, allowed=self.allow_changed, fixed=FIXED_SETTINGS)
+        if trains:
+            self.skipped_steps = checkpoint["lit_tune"]["skipped_steps"]
+            self._set_rates(checkpoint)
+
+    def _set_rates(self, checkpoint: dict[str, Any]) -> None:
+        """Let this run's learning rate, schedule and weight decay hold, not those that the optimizer was saved with.
+
+        With unchanged settings and length of the run they are the same to the bit.
+        """
+        rate = self.learning_rate * self._learning_rate_factor()(checkpoint["global_step"])
+        groups = checkpoint["optimizer_states"][0]["param_groups"]
+        for group in groups:
+            group |= {"initial_lr": self.learning_rate, "lr": rate}
+        if "model.weight_decay" in self.allow_changed:
+            groups[0]["weight_decay"] = self.weight_decay  # of the matrices; the other group never decays
+        checkpoint["lr_schedulers"][0] |= {
+            "base_lrs": [self.learning_rate] * len(groups),
+            "_last_lr": [rate] * len(groups),
+        }
+
+
+def _of_all_ranks(ids: Sequence[int]) -> list[int]:
+    """Return the sample ids of all ranks, which all call this."""
+    if not torch.distributed.is_initialized():
+        return sorted(ids)
+    gathered: list[Sequence[int]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, list(ids))
+    return sorted(i for part in gathered for i in part)
+
+
+def _named(ids: Sequence[int]) -> str:
+    named = ", ".join(map(str, ids[:MOST_IDS_NAMED]))
+    more = f" and {len(ids) - MOST_IDS_NAMED} more" if len(ids) > MOST_IDS_NAMED else ""
+    return f"{'record' if len(ids) == 1 else 'records'} {named}{more}, counted from 0"
