@@ -53,16 +53,18 @@ def print_data(console: Console, prepared: Prepared, *, path: str, show: list[in
     Raises:
         InputError: A number in `show` is not that of a sample.
     """
-    from lit_tune.data.describe import colour, describe, render  # noqa: PLC0415
+    from lit_tune.data.describe import colour, describe, overlap, render  # noqa: PLC0415
 
     samples = len(prepared.train)
     if wrong := [number for number in show if not 0 <= number < samples]:
         raise InputError(f"--show: there is no sample {wrong[0]}; {path} gives 0 to {samples - 1}.")
-    console.print(f"Data {path}, template {prepared.template.name}", style="bold")
+    console.print(Text(f"Data {path}, template {prepared.template.name}"), style="bold")  # a Text, for [x] is no markup
     render(describe(prepared.train), console)
     if prepared.val is not None:
         console.print("\nHeld out", style="bold")
         render(describe(prepared.val), console)
+        if shared := overlap(prepared.train, prepared.val):
+            console.print(f"{shared:,} of these are trained on too, word for word", style="yellow")
     for number in show:
         tokens, labels = prepared.train.sample(number)
         record = int(prepared.train.ids[number])

@@ -53,6 +53,21 @@ def test_data_shows_the_samples_asked_for_and_those_held_out(
     assert records[0] > records[1] >= 9  # as they are counted in the whole file
 
 
+def test_data_tells_what_is_held_out_and_trained_on(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("held_out.jsonl").write_text("".join(Path("records.jsonl").read_text().splitlines(keepends=True)[:3]))
+    assert lit_tune("data", *tiny, "--data.val_path", "held_out.jsonl", "--show", "[]") == 0
+    assert "3 of these are trained on too" in said(capsys)
+    assert lit_tune("data", *tiny, "--data.val_fraction", "0.2", "--show", "[]") == 0
+    assert "trained on too" not in said(capsys)
+
+
+def test_a_path_is_printed_as_it_is(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("[red]").mkdir()
+    write_records(Path("[red]/[.jsonl"))
+    assert lit_tune("data", *tiny, "--data.path", "[red]/[.jsonl", "--show", "[]") == 0
+    assert said(capsys).startswith("Data [red]/[.jsonl, ")
+
+
 def test_data_counts_what_is_left_out_or_cut(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"instruction": "a", "output": "b " * length} for length in (1, 2, 3, 400)]
     Path("records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,7 +1,7 @@
 """What training will see, in figures and in colour: the part of `lit-tune data` that needs no command line."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -56,9 +56,6 @@ def describe(encoded: Encoded) -> Description:
     lengths = encoded.lengths
     # A sample's first label is always masked, whatever the template says.
     supervised = sum(int(encoded.supervised[begin + 1 : end].sum()) for begin, end in encoded.bounds)
-    distinct = {
-        hashlib.blake2b(encoded.tokens[begin:end].tobytes(), digest_size=16).digest() for begin, end in encoded.bounds
-    }
     percentiles = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
     return Description(
         samples=len(encoded),
@@ -69,8 +66,20 @@ def describe(encoded: Encoded) -> Description:
         length_percentiles={rank: int(length) for rank, length in zip(PERCENTILES, percentiles, strict=True)},
         max_length=int(lengths.max()),
         histogram=_histogram(lengths),
-        duplicates=len(encoded) - len(distinct),
+        duplicates=len(encoded) - len(set(_fingerprints(encoded))),
     )
+
+
+def overlap(train: Encoded, held_out: Encoded) -> int:
+    """Count the held-out samples that training sees too, token for token: their loss tells nothing of new text."""
+    seen = set(_fingerprints(train))
+    return sum(fingerprint in seen for fingerprint in _fingerprints(held_out))
+
+
+def _fingerprints(encoded: Encoded) -> Iterator[bytes]:
+    """Yield a hash of every sample's tokens."""
+    for begin, end in encoded.bounds:
+        yield hashlib.blake2b(encoded.tokens[begin:end].tobytes(), digest_size=16).digest()
 
 
 def _histogram(lengths: NDArray[np.int64]) -> tuple[Bin, ...]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 OverLength = Literal["drop", "truncate", "fail"]
 IGNORED = -100  # the label of a token that is not supervised, as PyTorch's and transformers' losses have it
 
-_FORMAT = 1  # raise it whenever the same input would give other files
-_CHUNK = 8192  # records tokenised at a time, which bounds the Python lists held
+_FORMAT = 2  # raise it whenever the same input would give other files
+# Characters tokenised at a time, which bounds the lists held: a tokenizer takes up to 220 bytes for each.
+_CHUNK_CHARACTERS = 2_000_000
+_BLOCK_BYTES = 1024**2
+_ARRAYS = ("tokens", "supervised", "offsets", "ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,31 +129,40 @@ def encode_dataset(
     if cached is not None:
         return cached
     records, empty = read or read_and_count(path, columns=columns, limit=limit)
-    samples = _encode(records, template=template, tokenizer=tokenizer, path=path)
+    samples = _encode(records, template=template, tokenizer=tokenizer)
     kept, counts = _fit(samples, max_length=max_length, over_length=over_length, path=path)
     return _publish(entry, kept, {"records": len(records) + empty, "empty": empty, **counts})
 
 
 class _Sample(NamedTuple):
-    """A tokenised record: its id, its tokens (int32 [T]), and whether each is supervised (bool [T])."""
+    """A tokenised record: itself, its tokens (int32 [T]), and whether each is supervised (bool [T])."""
 
-    id: int
+    record: Record
     tokens: NDArray[np.int32]
     supervised: NDArray[np.bool_]
 
 
 def _encode(
-    records: Sequence[Record], *, template: Template, tokenizer: "PreTrainedTokenizerBase", path: str
+    records: Iterable[Record], *, template: Template, tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[_Sample]:
     """Tokenise records chunk by chunk."""
-    for start in range(0, len(records), _CHUNK):
-        chunk = records[start : start + _CHUNK]
-        try:
-            encoded = encode_records(chunk, template, tokenizer)
-        except InputError as fault:
-            raise InputError(f"{path}: {fault}") from fault
-        for record, (tokens, supervised) in zip(chunk, encoded, strict=True):
-            yield _Sample(record.id, np.array(tokens, dtype=np.int32), np.array(supervised, dtype=np.bool_))
+    for chunk in _chunks(records):
+        for record, (tokens, supervised) in zip(chunk, encode_records(chunk, template, tokenizer), strict=True):
+            yield _Sample(record, np.array(tokens, dtype=np.int32), np.array(supervised, dtype=np.bool_))
+
+
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Cut records into chunks, which end with the record that brings them over `_CHUNK_CHARACTERS`."""
+    chunk: list[Record] = []
+    characters = 0
+    for record in records:
+        chunk.append(record)
+        characters += sum(len(message.content) for message in record.messages)
+        if characters > _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _fit(
@@ -170,14 +183,14 @@ def _fit(
             continue
         if over_length == "fail":
             raise InputError(
-                f"{path}: record {sample.id} has {length} tokens, more than max_length {max_length}; "
+                f"{sample.record.place}: the record has {length} tokens, more than max_length {max_length}; "
                 "raise max_length, or set over_length to drop or truncate"
             )
         shortest = min(shortest or length, length)
         over_long += 1
         # The first token is never predicted, so it does not count as supervised.
         if over_length == "truncate" and sample.supervised[1:max_length].any():
-            kept.append(_Sample(sample.id, sample.tokens[:max_length], sample.supervised[:max_length]))
+            kept.append(_Sample(sample.record, sample.tokens[:max_length], sample.supervised[:max_length]))
             truncated += 1
     if not kept:
         raise InputError(
@@ -229,19 +242,28 @@ def _write(directory: Path, samples: Sequence[_Sample], counts: dict[str, int]) 
     np.save(directory / "tokens.npy", np.concatenate([sample.tokens for sample in samples]))
     np.save(directory / "supervised.npy", np.concatenate([sample.supervised for sample in samples]))
     np.save(directory / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(directory / "ids.npy", np.array([sample.id for sample in samples], dtype=np.int64))
-    (directory / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+    np.save(directory / "ids.npy", np.array([sample.record.id for sample in samples], dtype=np.int64))
+    about = {"counts": counts, "checksum": _checksum(directory, counts)}
+    (directory / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _checksum(entry: Path, counts: object) -> int:
+    """Give a checksum of an entry: a machine that went down may have left a file with zeros in it."""
+    checksum = zlib.crc32(json.dumps(counts).encode())
+    for name in _ARRAYS:
+        with (entry / f"{name}.npy").open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _load(entry: Path) -> Encoded | None:
-    """Map a cache entry into memory; None if it is not there or not whole."""
+    """Map a cache entry into memory; None if it is not there or not as it was written."""
     try:
-        tokens, supervised, offsets, ids = (
-            np.load(entry / f"{name}.npy", mmap_mode="r") for name in ("tokens", "supervised", "offsets", "ids")
-        )
-        counts = json.loads((entry / "counts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, EOFError):
+        about = json.loads((entry / "about.json").read_bytes())
+        if about["checksum"] != _checksum(entry, about["counts"]):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not len(tokens) == len(supervised) == offsets[-1] or len(offsets) != len(ids) + 1:
-        return None
-    return Encoded(tokens, supervised, np.stack([offsets[:-1], offsets[1:]], axis=1), ids, counts)
+    tokens, supervised, offsets, ids = (np.load(entry / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+    return Encoded(tokens, supervised, np.stack([offsets[:-1], offsets[1:]], axis=1), ids, about["counts"])

@@ -207,8 +207,10 @@ class InstructData(LightningDataModule):
         """Return the micro-batches per optimizer step: `given`, or what `global_batch_size` asks of `world` ranks.
 
         Raises:
-            InputError: The global batch is no multiple of the others, or `given` disagrees with it.
+            InputError: The global batch is no multiple of the others, or `given` is less than 1 or disagrees with it.
         """
+        if given < 1:
+            raise InputError(f"trainer.accumulate_grad_batches is {given}; it must be 1 or more.")
         if self.global_batch_size is None:
             return given
         share, rest = divmod(self.global_batch_size, world)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lit_tune.data.collate import collate
 from lit_tune.data.encode import Encoded
-from lit_tune.data.packing import Cut, Step, held_out_micro_batches, num_steps, plan_epoch
+from lit_tune.data.packing import Cut, MicroBatch, Step, held_out_micro_batches, num_steps, plan_epoch
 
 Batch = dict[str, Any]
 
@@ -79,7 +79,7 @@ class StepSource:
 
     def micro_batches(self, step: Step, *, epoch: int, number: int, rank: int) -> Iterator[Batch]:
         """Yield the micro-batches of one rank in an optimizer step; `number` counts steps from the run's start."""
-        supervised = int(sum(self._supervised[i] for micro in step for samples in micro for i in samples))
+        supervised = self.supervised_tokens(step)
         for k, micro in enumerate(step):
             samples = [self.data.sample(i) for i in micro[rank]]
             yield collate(samples, packing=self.cut.packing, pad_token_id=self.pad_token_id) | {
@@ -90,8 +90,16 @@ class StepSource:
                 "last_of_step": k == len(step) - 1,
                 # By the place in the step, so that as many micro-batches on other ranks drop out the same.
                 "rng_seed": rng_seed(self.seed, number, k * self.cut.world + rank),
-                "sample_ids": [int(self.data.ids[i]) for i in micro[rank]],
+                "sample_ids": self.sample_ids(micro[rank]),
             }
+
+    def supervised_tokens(self, step: Step) -> int:
+        """Return the supervised tokens of an optimizer step, over all its micro-batches and ranks."""
+        return int(sum(self._supervised[i] for micro in step for samples in micro for i in samples))
+
+    def sample_ids(self, samples: MicroBatch) -> list[int]:
+        """Return the records that samples were made of."""
+        return [int(self.data.ids[i]) for i in samples]
 
 
 class TrainLoader:

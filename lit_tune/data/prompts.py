@@ -12,9 +12,10 @@ Training and generation take their prompt from the same function, so the prompt 
 
 import functools
 import json
+import os
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
@@ -29,7 +30,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lit_tune.data.records import Message, Record
+from lit_tune.data.records import Message, Record, one_line
 from lit_tune.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def load_template(name: str, *, chat_template: str | None = None) -> Template:
         _compile(source)
     except jinja2.TemplateSyntaxError as fault:
         raise InputError(f"{name}:{fault.lineno}: the template is no valid Jinja: {fault.message}") from fault
+    except Exception as fault:  # of Python's compiler, which Jinja hands its output to: nested too deep, for one
+        raise InputError(f"{name}: the template cannot be compiled: {one_line(fault)}") from fault
     return Template(name, source)
 
 
@@ -101,17 +104,10 @@ def encode_records(
         InputError: The template refuses a record, or does not suit the tokenizer.
     """
     encoder = _Encoder(template, tokenizer)
-    samples = [encoder.stretches(record.messages, place=f"record {record.id}") for record in records]
+    places = [record.place or f"record {record.id}" for record in records]
+    samples = [encoder.stretches(record.messages, place=place) for record, place in zip(records, places, strict=True)]
     ids = encoder.encode(stretch.content for sample in samples for stretch in sample)
-    encoded = []
-    for sample in samples:
-        tokens: list[int] = []
-        supervised: list[bool] = []
-        for stretch in sample:
-            tokens += ids[stretch.content]
-            supervised += [stretch.supervised] * len(ids[stretch.content])
-        encoded.append((tokens, supervised))
-    return encoded
+    return [encoder.join(sample, ids, place=place) for sample, place in zip(samples, places, strict=True)]
 
 
 def encode_record(
@@ -131,9 +127,9 @@ def encode_prompt(messages: Sequence[Message], template: Template, tokenizer: "P
     """
     encoder = _Encoder(template, tokenizer)
     sample = encoder.stretches((*messages, _ANY_RESPONSE), place="the prompt")
-    prompt = [stretch.content for stretch in sample[:-2]]  # without the response and the token that closes it
-    ids = encoder.encode(prompt)
-    return [token for content in prompt for token in ids[content]]
+    prompt = sample[:-2]  # without the response and the token that closes it
+    tokens, _ = encoder.join(prompt, encoder.encode(stretch.content for stretch in prompt), place="the prompt")
+    return tokens
 
 
 def stop_token_ids(template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -162,7 +158,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def _read_template(path: str) -> str:
     known = (*SHIPPED, CHAT)
-    if not path.endswith(".jinja") and not Path(path).is_file():
+    if not path.endswith(".jinja") and not os.path.isfile(path):
         close = get_close_matches(path, known, n=1)
         near = f" (did you mean {close[0]!r}?)" if close else ""
         raise InputError(f"template {path!r} is unknown{near}; use {', '.join(known)}, or the path of a .jinja file")
@@ -172,6 +168,8 @@ def _read_template(path: str) -> str:
         raise InputError(f"{path}: the template cannot be read: {fault.strerror}") from fault
     except UnicodeDecodeError as fault:
         raise InputError(f"{path}: the template is not UTF-8 text; save it as UTF-8") from fault
+    except ValueError as fault:
+        raise InputError(f"{path!r} is no file name: {fault}") from fault
 
 
 class _GenerationTag(Extension):
@@ -251,12 +249,14 @@ def _mark(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def _parts(marked: str) -> list[_Part]:
+def _parts(marked: str, num_messages: int) -> list[_Part]:
     """Cut the rendering of marked messages at the marks."""
     parts: list[_Part] = []
     end = 0
     for found in _MARKED.finditer(marked):
         index, offset = divmod(ord(found[2]) - _FIRST_MARK, len(_TEXT_FIELDS))
+        if index >= num_messages:  # a character of the template's own
+            continue
         slot = _Slot(index, _TEXT_FIELDS[offset], left=not found[1], right=not found[3])
         parts += [marked[end : found.start()], slot]
         end = found.end()
@@ -407,6 +407,7 @@ class _Encoder:
 
     def __init__(self, template: Template, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.control = _control(tokenizer)
+        self._forbidden = set(self.control.ids.values()) - {tokenizer.unk_token_id}  # in what was given as text
         self._template = template
         self._tokenizer = tokenizer
         self._plans: dict[tuple[str | None, ...], tuple[list[_Part], list[_Piece]]] = {}
@@ -415,8 +416,8 @@ class _Encoder:
         """Cut a conversation into control tokens and texts; the last two are a response and its closing token."""
         shape = tuple(text for message in messages for text in (message.role, *_blank_texts(message)))
         if shape not in self._plans:
-            parts = _parts(self._render(_mark(messages), place=place))
-            self._check_responses(parts, messages, place=place)
+            parts = _parts(self._render(_mark(messages), place=place), len(messages))
+            self._check_written(parts, messages, place=place)
             self._plans[shape] = parts, _pieces(parts, [message.role for message in messages], self.control)
         parts, pieces = self._plans[shape]
         if _fill(parts, messages) != self._render(messages, place=place):
@@ -453,14 +454,27 @@ class _Encoder:
         encoded: list[list[int]] = self._tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )["input_ids"]
-        forbidden = set(self.control.ids.values()) - {self._tokenizer.unk_token_id}
-        for text, tokens in zip(texts, encoded, strict=True):
-            if not forbidden.isdisjoint(tokens):
-                raise InputError(
-                    f"the tokenizer makes a control token from the plain text {reprlib.repr(text)}; "
-                    "remove such text from the records, or use another tokenizer"
-                )
         return encoded
+
+    def join(
+        self, sample: Iterable[_Stretch], ids: Mapping[int | _Text, list[int]], *, place: str
+    ) -> tuple[list[int], list[bool]]:
+        """Give a sample's token ids, and whether each is supervised.
+
+        Raises:
+            InputError: A text became a control token.
+        """
+        tokens: list[int] = []
+        supervised: list[bool] = []
+        for content, counts in sample:
+            if isinstance(content, _Text) and not self._forbidden.isdisjoint(ids[content]):
+                raise InputError(
+                    f"{place}: the tokenizer makes a control token from the plain text {reprlib.repr(content.text)}; "
+                    "remove such text from the record, or use another tokenizer"
+                )
+            tokens += ids[content]
+            supervised += [counts] * len(ids[content])
+        return tokens, supervised
 
     def _render(self, messages: Sequence[Message], *, place: str) -> str:
         variables = {"bos_token": "", **self._tokenizer.special_tokens_map}
@@ -473,13 +487,16 @@ class _Encoder:
                 **variables,
             )
         except Exception as fault:  # the template is a program of the user's and may raise anything
-            raise InputError(f"{place}: template {self._template.name!r} fails: {fault}") from fault
+            raise InputError(f"{place}: template {self._template.name!r} fails: {one_line(fault)}") from fault
 
-    def _check_responses(self, parts: Sequence[_Part], messages: Sequence[Message], *, place: str) -> None:
+    def _check_written(self, parts: Sequence[_Part], messages: Sequence[Message], *, place: str) -> None:
         written = {part.message for part in parts if isinstance(part, _Slot)}
         for index, message in enumerate(messages):
-            if message.role == "assistant" and index not in written:
-                raise InputError(f"{place}: template {self._template.name!r} leaves out the assistant's text")
+            if index not in written and (message.role == "assistant" or message.content.strip()):
+                raise InputError(
+                    f"{place}: template {self._template.name!r} leaves out the {message.role}'s text in "
+                    f"messages[{index}]; use another template, or remove the turn"
+                )
 
 
 def _blank_texts(message: Message) -> list[str | None]:

@@ -18,8 +18,9 @@ import reprlib
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,13 +33,23 @@ SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 MAX_EMPTY_SHARE = 0.01  # of a file's records; up to this many without an output are left out and counted
 HUB_TIMEOUT_S = 4.0  # the user is told within 5 s that the hub is out of reach
 # JSON text packs 3 to 10 times; what unpacks to more than this is no data set but an attack or an accident.
-MAX_GZIP_RATIO = 200
-MAX_GZIP_FREE_BYTES = 64 * 1024**2
+MAX_UNPACKED_RATIO = 100
+MAX_UNPACKED_FREE_BYTES = 64 * 1024**2
+# More than the longest context of any Llama holds. A text so long is a file cut in the wrong places, and tokenising it
+# would take gigabytes (measured: 220 bytes of memory a character).
+MAX_CHARACTERS = 2_000_000
 
+_BLOCK_BYTES = 1024**2
+_BATCH_ROWS = 1024
+_FOREIGN_MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_LIMIT = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
+# Eighteen digits: Python refuses to read numbers of thousands.
+_LIMIT = re.compile(r"(-?\d{1,18})?:(-?\d{1,18})?(?::(-?\d{1,18})?)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +68,18 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One training sample: its index in the whole file, counted from 0 before any limit, and its turns."""
+    """One training sample: its index in the whole file, counted from 0 before any limit, and its turns.
+
+    `place` is where it stands, as a fault names it: `file:line`, or `file: record N`.
+    """
 
     id: int
     messages: tuple[Message, ...]
+    place: str = field(default="", compare=False)
 
 
 class Row(NamedTuple):
-    """A raw record and where it stands, as a fault names it: `file:line`, or `file: record N`."""
+    """A raw record and its place, see `Record`."""
 
     place: str
     value: object
@@ -113,7 +128,7 @@ def read_and_count(
         raise InputError(f"{path}: no record has the column {columns['input']!r} that --data.columns gives for 'input'")
     empty = {i for i, row in enumerate(rows) if _is_unanswered(row.value, names["output"])}
     left_out = empty if len(empty) <= MAX_EMPTY_SHARE * len(rows) else set()
-    records = [Record(i, _messages(rows[i], names)) for i in ids if i not in left_out]
+    records = [Record(i, _messages(rows[i], names), rows[i].place) for i in ids if i not in left_out]
     if not records:
         raise InputError(f"limit {limit!r} selects only records with an empty {names['output']!r} in {path}")
     return records, len(ids) - len(records)
@@ -140,13 +155,13 @@ def parse_limit(limit: str | int | Sequence[int | str] | None) -> slice:
         parts = list(limit)
 
     match [str(part).replace(" ", "") for part in parts]:
-        case [text] if isinstance(parts[0], str) and text.isdecimal():
+        case [text] if isinstance(parts[0], str) and re.fullmatch(r"\d{1,18}", text):
             return slice(0, int(text))
         # NOTE: a lone number in a list is refused: YAML 1.1 reads an unquoted [1:30] as [90], base sixty.
         case [text] if isinstance(parts[0], str) and (found := _LIMIT.fullmatch(text)) and int(found[3] or 1):
             start, stop, step = (None if group is None else int(group) for group in found.groups())
             return slice(start, stop, step)
-        case [start_text, stop_text] if all(re.fullmatch(r"-?\d+", text) for text in (start_text, stop_text)):
+        case [start_text, stop_text] if all(re.fullmatch(r"-?\d{1,18}", text) for text in (start_text, stop_text)):
             return slice(int(start_text), int(stop_text))
     raise InputError(f'limit {limit!r} is no range of records; write "[0:200]" (quoted), "[::10]", or a number N')
 
@@ -167,18 +182,18 @@ def content_digest(source: str | Sequence[Record]) -> str:
         digest.update(_read_bytes(source))
     else:
         for record in source:
-            digest.update(repr(astuple(record)).encode())
+            digest.update(repr((record.id, *map(astuple, record.messages))).encode())
     return digest.hexdigest()
 
 
 def _column_names(columns: Mapping[str, str]) -> dict[str, str]:
     """Give every field's column name in the file."""
-    for field in columns:
-        if field not in FIELDS:
+    for name in columns:
+        if name not in FIELDS:
             raise InputError(
-                f"--data.columns: {field!r} is no field of ours{_near(field, FIELDS)}; use {_listed(FIELDS)}"
+                f"--data.columns: {name!r} is no field of ours{_near(name, FIELDS)}; use {_listed(FIELDS)}"
             )
-    return {field: columns.get(field, field) for field in FIELDS}
+    return {name: columns.get(name, name) for name in FIELDS}
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -203,8 +218,11 @@ def _read_rows(path: str) -> list[Row]:
 
 
 def _read_bytes(path: str) -> bytes:
+    file = Path(path.replace("\0", "\N{REPLACEMENT CHARACTER}"))  # no file name holds a NUL
     try:
-        return Path(path).read_bytes()
+        if file.exists() and not file.is_dir() and not file.is_file():  # a pipe blocks, a device may never end
+            raise InputError(f"{path}: is a pipe or a device; write the records to a file")
+        return file.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file{_near_file(path)}") from None
     except IsADirectoryError:
@@ -218,8 +236,10 @@ def _read_text(path: str) -> str:
     data = _read_bytes(path)
     if path.endswith(".gz"):
         data = _gunzip(data, path)
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(f"{path}: is UTF-16; save it as UTF-8")
+    # UTF-32 first: its little-endian mark begins with that of UTF-16.
+    for name, marks in _FOREIGN_MARKS.items():
+        if data.startswith(marks):
+            raise InputError(f"{path}: is {name}; save it as UTF-8")
     if (nul := data.find(0)) >= 0:
         line = data.count(b"\n", 0, nul) + 1
         raise InputError(f"{path}:{line}: holds a NUL byte; save it as UTF-8 text (is it UTF-16, or a binary file?)")
@@ -233,17 +253,24 @@ def _read_text(path: str) -> str:
 
 
 def _gunzip(data: bytes, path: str) -> bytes:
-    most = MAX_GZIP_FREE_BYTES + MAX_GZIP_RATIO * len(data)
+    packed, blocks, unpacked = io.BytesIO(data), [], 0
     try:
-        with gzip.open(io.BytesIO(data)) as file:
-            unpacked = file.read(most + 1)
+        with gzip.open(packed) as file:
+            while block := file.read(_BLOCK_BYTES):
+                blocks.append(block)
+                unpacked += len(block)
+                _refuse_bomb(unpacked, packed.tell(), path)
     except (OSError, EOFError, zlib.error) as fault:
         raise InputError(f"{path}: the .gz file is corrupt: {fault}") from fault
-    if len(unpacked) > most:
+    return b"".join(blocks)
+
+
+def _refuse_bomb(unpacked: int, packed: int, path: str) -> None:
+    """Stop unpacking when so few bytes have given so many, long before memory is used up."""
+    if unpacked > MAX_UNPACKED_FREE_BYTES + MAX_UNPACKED_RATIO * packed:
         raise InputError(
-            f"{path}: unpacks to more than {MAX_GZIP_RATIO} times its size; unpack it yourself if meant so"
+            f"{path}: unpacks to more than {MAX_UNPACKED_RATIO} times its size; unpack it yourself if meant so"
         )
-    return unpacked
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------
@@ -278,17 +305,19 @@ def _decode(text: str, position: int, *, path: str, line: int, first_line: int =
     try:
         return _DECODER.raw_decode(text, position)
     except json.JSONDecodeError as fault:
-        raise _malformed(fault, path=path, first_line=first_line) from None
+        raise _malformed(fault, path=path, first_line=first_line, begin=line) from None
     except _RefusedJsonError as fault:
         raise InputError(f"{path}:{line}: {fault}") from None
     except RecursionError:
         raise InputError(f"{path}:{line}: is nested too deep; a record is one flat object") from None
 
 
-def _malformed(fault: json.JSONDecodeError, *, path: str, first_line: int = 1) -> InputError:
+def _malformed(fault: json.JSONDecodeError, *, path: str, first_line: int = 1, begin: int | None = None) -> InputError:
+    """Tell where a text stops being JSON, and if that is far from it, where the record that it happens in begins."""
     line = first_line + fault.lineno - 1
+    record = f" in the record that begins on line {begin}" if begin not in (None, line) else ""
     return InputError(
-        f"{path}:{line}:{fault.colno}: malformed JSON: {fault.msg}; "
+        f"{path}:{line}:{fault.colno}: malformed JSON: {fault.msg}{record}; "
         "the file must be one array of records, or one record a line"
     )
 
@@ -341,32 +370,47 @@ def _line_rows(text: str, path: str) -> Iterator[Row]:
 def _csv_rows(text: str, path: str) -> Iterator[Row]:
     """Yield the rows of a CSV file with a header, each with the line it begins on."""
     csv.field_size_limit(max(len(text), csv.field_size_limit()))  # the module's own limit is 128 KiB a field
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    # Lines end at \n, as everywhere here, though a quoted value may hold a \r; old Mac files have \r alone.
+    reader = csv.reader(io.StringIO(text, newline="\n" if "\n" in text else ""), strict=True)
+    header: list[str] = []
     line = 1
     try:
-        header = next(reader)
-        if len(set(header)) < len(header):
-            raise InputError(f"{path}:1: a column name stands twice in the header {reprlib.repr(header)}")
-        line = reader.line_num + 1
         for values in reader:
-            if values and len(values) != len(header):
+            if values and not header:
+                header = values
+                _refuse_doubles(header, place=f"{path}:{line}")
+            elif values and len(values) != len(header):
                 raise InputError(f"{path}:{line}: {len(values)} values for the {len(header)} columns of the header")
-            if values:
+            elif values:
                 yield Row(f"{path}:{line}", dict(zip(header, values, strict=True)))
             line = reader.line_num + 1
     except csv.Error as fault:
-        raise InputError(f"{path}:{line}: malformed CSV: {fault}") from None
+        raise InputError(f"{path}:{line}: malformed CSV: {str(fault).partition(' - ')[0]}") from None
+
+
+def _refuse_doubles(header: Sequence[str], *, place: str) -> None:
+    if len(set(header)) < len(header):
+        raise InputError(f"{place}: a column name stands twice in the header {reprlib.repr(list(header))}")
 
 
 def _parquet_rows(path: str) -> list[Row]:
-    from pyarrow import ArrowException, BufferReader  # noqa: PLC0415 - heavy, and needed for this format only
-    from pyarrow.parquet import read_table  # noqa: PLC0415
+    from pyarrow import BufferReader  # noqa: PLC0415 - heavy, and needed for this format only
+    from pyarrow.parquet import ParquetFile  # noqa: PLC0415
 
     data = _read_bytes(path)
+    values: list[object] = []
+    unpacked = 0
     try:
-        values = read_table(BufferReader(data)).to_pylist()
-    except (ArrowException, OSError, ValueError) as fault:  # Arrow has its own classes for some faults only
-        raise InputError(f"{path}: is no readable Parquet file: {_one_line(fault)}") from fault
+        file = ParquetFile(BufferReader(data))
+        _refuse_doubles(file.schema_arrow.names, place=path)
+        for batch in file.iter_batches(_BATCH_ROWS):
+            unpacked += batch.nbytes
+            _refuse_bomb(unpacked, len(data), path)
+            values += batch.to_pylist()
+    except InputError:
+        raise
+    except Exception as fault:  # Arrow has its own classes for some faults only, and dates and time zones have theirs
+        raise InputError(f"{path}: is no readable Parquet file: {one_line(fault)}") from fault
     return _numbered(path, values)
 
 
@@ -381,11 +425,15 @@ def _hub_rows(name: str) -> list[Row]:
         _ask_hub(name)
     from datasets import load_dataset  # noqa: PLC0415 - a second to import
 
+    # NOTE: by these names `datasets` means its loaders, which would take whatever lies in the working directory.
+    if name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}"):
+        raise InputError(f"{name}: no such file here{_near_file(name)}, and no hub dataset; give a local file")
     try:
         values = list(load_dataset(name, split="train"))
-    except (OSError, ValueError, RuntimeError) as fault:
+    except Exception as fault:  # of many libraries, and `datasets` has a base class of its own
         raise InputError(
-            f"{name}: the hub dataset cannot be loaded: {_one_line(fault)}; or give a local file"
+            f"{name}: no such file here{_near_file(name)}, and the hub dataset cannot be loaded: {one_line(fault)}; "
+            "give a local file, or the id of a dataset"
         ) from fault
     return _numbered(name, values)
 
@@ -423,7 +471,7 @@ def _ask_hub(name: str) -> None:
                 f"{name}: neither a file here{_near_file(name)} nor a dataset on the hub; "
                 "give an existing file or id (a private one needs HF_TOKEN)"
             )
-    reason = _one_line(outcome[0]) if outcome else f"no answer in {HUB_TIMEOUT_S:.0f} s"
+    reason = one_line(outcome[0]) if outcome else f"no answer in {HUB_TIMEOUT_S:.0f} s"
     raise InputError(
         f"{name}: no such file here{_near_file(name)}, and the hub is out of reach ({reason}); "
         "give a local file, or set HF_HUB_OFFLINE=1 to use a dataset downloaded earlier"
@@ -444,6 +492,9 @@ def _messages(row: Row, names: Mapping[str, str]) -> tuple[Message, ...]:
         raise InputError(f"{row.place}: the record is {_kind(record)}; it must be an object with named fields")
     if _has(record, names["messages"]):
         return _conversation(record[names["messages"]], name=names["messages"], place=row.place)
+    unknown = record.keys() - names.values()
+    if names["instruction"] not in record and (near := _near(names["messages"], unknown)):
+        raise InputError(f"{row.place}: {names['messages']!r} is missing{near}; correct the key, or use --data.columns")
     instruction = _required(record, names["instruction"], names=names, place=row.place)
     context = _optional(record, names["input"], names=names, place=row.place)
     output = _required(record, names["output"], names=names, place=row.place)
@@ -466,9 +517,9 @@ def _conversation(turns: object, *, name: str, place: str) -> tuple[Message, ...
 def _turn(turn: object, *, place: str) -> Message:
     if not isinstance(turn, dict):
         raise InputError(f'{place} is {_kind(turn)}; it must be {{"role": ..., "content": ...}}')
-    for field in ("role", "content"):
-        if field not in turn:
-            raise InputError(f"{place}: {field!r} is missing{_near(field, turn)}")
+    for name in ("role", "content"):
+        if name not in turn:
+            raise InputError(f"{place}: {name!r} is missing{_near(name, turn)}")
     role = _string(turn["role"], "role", place=place)
     if role not in ROLES:
         raise InputError(f"{place}: role {reprlib.repr(role)} is unknown{_near(role, ROLES)}; use {_listed(ROLES)}")
@@ -505,6 +556,10 @@ def _filled(value: object, name: str, *, place: str) -> str:
 def _string(value: object, name: str, *, place: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{place}: {name!r} is {_kind(value)}; it must be a string")
+    if len(value) > MAX_CHARACTERS:
+        raise InputError(
+            f"{place}: {name!r} has {len(value):,} characters, more than {MAX_CHARACTERS:,}; split or remove the record"
+        )
     if found := _LONE_SURROGATE.search(value):
         raise InputError(f"{place}: {name!r} holds the lone surrogate U+{ord(found[0]):04X}, which is no character")
     return value
@@ -550,7 +605,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names)
 
 
-def _one_line(fault: Exception | None) -> str:
-    """Give the first line of another library's message."""
+def one_line(fault: Exception | None) -> str:
+    """Give the first line of another library's message, without what a terminal would obey."""
     text = str(fault).strip() or type(fault).__name__
-    return text.splitlines()[0][:200]
+    return "".join(letter if letter.isprintable() else " " for letter in text.splitlines()[0][:200])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lit_tune.data.describe import Bin, Description, colour, describe, render
+from lit_tune.data.describe import Bin, Description, colour, describe, overlap, render
 from lit_tune.data.encode import Encoded
 from lit_tune.data.prompts import encode_record, load_template
 from lit_tune.data.records import Message, Record
@@ -58,6 +58,13 @@ def test_a_subset_is_described_by_its_own_samples() -> None:
     figures = describe(subset)
     assert (figures.samples, figures.tokens, figures.duplicates) == (2, 8, 1)
     assert figures.supervised_share == 6 / 8
+
+
+def test_held_out_samples_that_are_trained_on_are_counted() -> None:
+    data = encoded([1] * 2, [2] * 4, [2] * 4, [3] * 6, supervised_from=1)
+    assert overlap(data.subset([0, 1]), data.subset([2, 3])) == 1
+    assert overlap(data.subset([0]), data.subset([1, 2, 3])) == 0
+    assert overlap(data, data) == 4
 
 
 def test_rendering_shows_every_figure(description: Description) -> None:

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_tune.data import encode
 from lit_tune.data.encode import Encoded, encode_dataset
 from lit_tune.data.prompts import encode_records, load_template
-from lit_tune.data.records import read_records
+from lit_tune.data.records import Record, read_records
 from lit_tune.errors import InputError, SaveError
 from tests.tiny import tiny_tokenizer
 
@@ -79,6 +80,20 @@ def test_a_subset_keeps_the_samples_in_the_order_asked_for(path: str, cache_dir:
     assert subset.sample(0)[0].tolist() == encoded.sample(2)[0].tolist()
 
 
+def test_tokenising_in_chunks_changes_nothing(path: str, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(path, cache_dir / "whole").tokens.tolist()
+    sizes = []
+
+    def encode_chunk(records: Sequence[Record], *others: Any) -> list[tuple[list[int], list[bool]]]:
+        sizes.append(len(records))
+        return encode_records(records, *others)
+
+    monkeypatch.setattr(encode, "encode_records", encode_chunk)
+    monkeypatch.setattr(encode, "_CHUNK_CHARACTERS", 50)  # more than the first record has, less than two
+    assert run(path, cache_dir / "chunks").tokens.tolist() == whole
+    assert sizes == [2, 1]
+
+
 # Long samples ---------------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +124,9 @@ def test_what_would_keep_no_supervised_token_is_not_truncated_but_dropped(path: 
 
 def test_a_long_sample_may_be_a_fault(path: str, cache_dir: Path) -> None:
     length = run(path, cache_dir).lengths[1]
-    with pytest.raises(InputError, match=rf"record 1 has {length} tokens, more than max_length {length - 1};"):
+    with pytest.raises(
+        InputError, match=rf"records\.jsonl:2: the record has {length} tokens, more than max_length {length - 1};"
+    ):
         run(path, cache_dir, max_length=int(length) - 1, over_length="fail")
 
 
@@ -163,8 +180,8 @@ def test_changed_records_have_an_entry_of_their_own(path: str, cache_dir: Path) 
     assert len(run(path, cache_dir)) == 1
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "supervised.npy", "offsets.npy", "ids.npy", "counts.json"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "another's"])
+@pytest.mark.parametrize("name", ["tokens.npy", "supervised.npy", "offsets.npy", "ids.npy", "about.json"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "a flipped bit", "another's"])
 def test_a_damaged_entry_is_made_again(path: str, cache_dir: Path, name: str, damage: str) -> None:
     expected = run(path, cache_dir).tokens.tolist()
     (entry,) = cache_dir.iterdir()
@@ -174,6 +191,10 @@ def test_a_damaged_entry_is_made_again(path: str, cache_dir: Path, name: str, da
         (entry / name).write_bytes(b"")
     elif damage == "cut short":
         (entry / name).write_bytes((entry / name).read_bytes()[:-1])
+    elif damage == "a flipped bit":
+        content = bytearray((entry / name).read_bytes())
+        content[-2] ^= 1
+        (entry / name).write_bytes(content)
     else:
         (entry / "offsets.npy").write_bytes((entry / "ids.npy").read_bytes())
     assert run(path, cache_dir).tokens.tolist() == expected
@@ -214,5 +235,5 @@ def test_a_template_that_refuses_a_record_is_told_with_the_file(tmp_path: Path, 
     turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     file = tmp_path / "turns.jsonl"
     file.write_text(json.dumps({"messages": turns}))
-    with pytest.raises(InputError, match=r"turns\.jsonl: record 0: template 'llama2' fails: turns must alternate"):
+    with pytest.raises(InputError, match=r"turns\.jsonl:1: template 'llama2' fails: turns must alternate"):
         run(str(file), cache_dir, template=load_template("llama2"))

@@ -35,11 +35,15 @@ def path(tmp_path: Path) -> str:
     return write_records(tmp_path / "records.jsonl")
 
 
-def prepared(*, world: int = 1, rank: int = 0, accumulate: int = 1, **settings: Any) -> InstructData:
-    """Make a data module as it is when a trainer has set it up."""
+def prepared(
+    *, world: int = 1, rank: int = 0, accumulate: int = 1, steps_done: int = 0, **settings: Any
+) -> InstructData:
+    """Make a data module as it is when a trainer has set it up and done so many optimizer steps."""
     data = InstructData(**settings)
     data.prepare(lambda: TOKENIZER)
-    trainer: Any = SimpleNamespace(world_size=world, global_rank=rank, accumulate_grad_batches=accumulate)
+    trainer: Any = SimpleNamespace(
+        world_size=world, global_rank=rank, accumulate_grad_batches=accumulate, global_step=steps_done
+    )
     data.trainer = trainer
     return data
 
@@ -190,6 +194,16 @@ def test_held_out_samples_are_not_merely_the_last_ones() -> None:
     assert 400 < np.mean(val) < 600
 
 
+def trained(data: InstructData) -> list[dict[str, Any]]:
+    """Train to the end of an epoch, counting the steps as a trainer does; return the batches."""
+    trainer: Any = data.trainer
+    batches = []
+    for batch in data.train_dataloader():
+        batches.append(batch)
+        trainer.global_step += batch["last_of_step"]
+    return batches
+
+
 def ready_of(data: InstructData) -> Prepared:
     assert data.prepared is not None
     return data.prepared
@@ -312,11 +326,11 @@ def test_only_batches_of_samples_promise_a_length(path: str) -> None:
 @pytest.mark.parametrize("settings", [{"micro_batch_size": 3}, {"micro_batch_tokens": 512}])
 def test_optimizer_steps_are_those_that_training_makes(path: str, settings: dict[str, Any]) -> None:
     data = prepared(accumulate=2, path=path, **settings)
-    loader = data.train_dataloader()
     done = [0]
     for _ in range(4):
-        done.append(done[-1] + sum(batch["last_of_step"] for batch in loader))
+        done.append(done[-1] + len({batch["step"] for batch in trained(data)}))
     assert [data.optimizer_steps(epochs) for epochs in range(5)] == done
+    assert data.optimizer_steps(4, at_most=done[2] - 1) == done[2] - 1
 
 
 @pytest.mark.parametrize(
@@ -366,62 +380,200 @@ def test_of_a_conversation_the_last_answer_is_asked_for() -> None:
 # Going on -------------------------------------------------------------------------------------------------------------
 
 
-def processed(data: InstructData, batches: int) -> list[list[int]]:
-    """Train as Lightning does: transfer a batch, process it; return the tokens of each."""
-    rows = []
-    iterator = iter(data.train_dataloader())
-    for _ in range(batches):
-        batch = data.on_after_batch_transfer(next(iterator), 0)
-        rows.append(batch["input_ids"].flatten().tolist())
-    return rows
+SETTINGS = {
+    "seed_everything",
+    "data.template",
+    "data.max_length",
+    "data.over_length",
+    "data.limit",
+    "data.val_fraction",
+    "data.global_batch_size",
+    "data.path",
+}
+BATCHES = pytest.mark.parametrize("batch", [{"micro_batch_size": 3}, {"micro_batch_tokens": 512}], ids=str)
 
 
-@pytest.mark.parametrize("settings", [{"micro_batch_size": 3}, {"micro_batch_tokens": 512}])
-def test_a_new_module_goes_on_where_the_state_says(path: str, settings: dict[str, Any]) -> None:
-    whole = processed(prepared(accumulate=2, path=path, **settings), 6)
-    first = prepared(accumulate=2, path=path, **settings)
-    processed(first, 4)
-    second = prepared(accumulate=2, path=path, **settings)
-    second.load_state_dict(first.state_dict())
-    assert second.steps_done == 2
-    assert processed(second, 2) == whole[4:]
+@BATCHES
+def test_a_new_module_goes_on_after_the_trainers_steps(path: str, batch: dict[str, Any]) -> None:
+    whole = prepared(accumulate=2, path=path, **batch)
+    batches = trained(whole) + trained(whole)
+    for done in range(batches[-1]["step"]):
+        first = prepared(accumulate=2, path=path, steps_done=done, **batch)
+        second = prepared(accumulate=2, path=path, steps_done=done, **batch)
+        second.load_state_dict(first.state_dict())
+        expected = next(part for part in batches if part["step"] == done)
+        following = next(iter(second.train_dataloader()))
+        assert following["sample_ids"] == expected["sample_ids"]
+        assert (following["step"], following["epoch"]) == (done, expected["epoch"])
 
 
-def test_a_step_counts_when_its_last_micro_batch_is_there(path: str) -> None:
-    data = prepared(accumulate=2, path=path, micro_batch_size=3)
-    counts = []
-    for batch in data.train_dataloader():
-        data.on_after_batch_transfer(batch, 0)
-        counts.append(data.steps_done)
-    assert counts == [0, 1, 1, 2, 2, 3, 4]  # 20 samples: the last step has one micro-batch of 2
+@BATCHES
+def test_a_state_knows_the_epoch_so_that_none_before_it_is_planned(
+    path: str, monkeypatch: pytest.MonkeyPatch, batch: dict[str, Any]
+) -> None:
+    first = prepared(path=path, **batch)
+    steps = [first.optimizer_steps(epochs) for epochs in range(4)]
+    trainer: Any = first.trainer
+    trainer.global_step = steps[3]  # the third epoch is over
+    state = first.state_dict()
+    assert (state["epoch"], state["steps_before_epoch"]) == (2, steps[2])
+
+    second = prepared(path=path, steps_done=steps[3], **batch)
+    source = second.source()
+    counted: list[int] = []
+    count = source.steps_in
+
+    def steps_in(epoch: int) -> int:
+        counted.append(epoch)
+        return count(epoch)
+
+    monkeypatch.setattr(source, "steps_in", steps_in)
+    second.load_state_dict(state)
+    assert next(iter(second.train_dataloader()))["epoch"] == 3
+    assert set(counted) <= {2, 3}
 
 
-def test_batches_fetched_ahead_or_for_validation_do_not_count(path: str) -> None:
-    data = prepared(path=path, val_fraction=0.25)
-    iterator = iter(data.train_dataloader())
-    batches = [next(iterator) for _ in range(3)]
-    data.on_after_batch_transfer(batches[0], 0)
-    data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
-    assert data.state_dict()["steps_done"] == 1
+def test_before_the_first_step_a_state_is_at_the_beginning(path: str) -> None:
+    state = prepared(path=path).state_dict()
+    assert (state["epoch"], state["steps_before_epoch"]) == (0, 0)
 
 
-def test_another_seed_is_refused(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@BATCHES
+def test_a_step_ends_after_all_its_micro_batches(path: str, batch: dict[str, Any]) -> None:
+    data = prepared(accumulate=2, path=path, **batch)
+    places = []
+    for epoch in range(2):
+        for k, part in enumerate(batches := trained(data), start=1):
+            if part["last_of_step"]:
+                places.append((epoch, k, k == len(batches)))
+    assert [data.place_after(step) for step in range(len(places))] == places
+
+
+@BATCHES
+def test_on_another_number_of_devices_a_step_ends_elsewhere(path: str, batch: dict[str, Any]) -> None:
+    alone = prepared(world=1, accumulate=4, path=path, **batch)
+    pair = prepared(world=2, accumulate=2, path=path, **batch)
+    pair.load_state_dict(alone.state_dict())  # the same samples in every step
+    for step in range(alone.optimizer_steps(2)):
+        (epoch, batches, ends), (pair_epoch, pair_batches, pair_ends) = (
+            data.place_after(step) for data in (alone, pair)
+        )
+        assert (epoch, ends) == (pair_epoch, pair_ends)
+        assert pair_batches <= batches <= 2 * pair_batches
+    assert pair.place_after(0)[1] == 2
+    assert alone.place_after(0)[1] == 4
+
+
+def test_the_source_follows_the_trainers_cut_and_the_seed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = prepared(path=path, micro_batch_size=2)
+    first = data.source()
+    assert data.source() is first
+    trainer: Any = data.trainer
+    trainer.accumulate_grad_batches = 5
+    assert data.source().cut == Cut(1, 5, samples=2, tokens=None, packing=True)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    assert data.source().seed == 3
+
+
+# What may not change --------------------------------------------------------------------------------------------------
+
+
+def test_the_settings_are_what_decides_on_the_samples(path: str) -> None:
+    settings = prepared(path=path, limit=[0, 12], global_batch_size=8, micro_batch_size=2, accumulate=4).settings()
+    assert set(settings) == SETTINGS
+    assert settings["data.limit"] == ["0", "12"]
+    assert settings["data.global_batch_size"] == "8 samples"
+    assert json.loads(json.dumps(settings)) == settings  # a checkpoint is read with weights_only
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"accumulate": 4, "micro_batch_size": 2}, {"world": 2, "accumulate": 1, "micro_batch_size": 4}),
+        ({"global_batch_size": 8, "accumulate": 8}, {"micro_batch_size": 8, "packing": False}),
+        ({"accumulate": 4, "micro_batch_tokens": 512}, {"world": 4, "micro_batch_tokens": 512}),
+    ],
+)
+def test_how_a_global_batch_is_cut_is_no_such_setting(path: str, one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert prepared(path=path, **one).settings() == prepared(path=path, **other).settings()
+
+
+# The setting that changes, how the checkpoint was made, how the run goes on, and what is said of both.
+CHANGES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("data.limit", {"limit": "[0:18]"}, {"limit": "[0:19]"}, "made with [0:18], this run has [0:19]"),
+    ("data.limit", {}, {"limit": 19}, "made with None, this run has 19"),
+    ("data.template", {}, {"template": "chatml"}, "made with alpaca, this run has chatml"),
+    ("data.max_length", {}, {"max_length": 300}, "made with 1024, this run has 300"),
+    ("data.over_length", {}, {"over_length": "truncate"}, "made with drop, this run has truncate"),
+    ("data.val_fraction", {}, {"val_fraction": 0.1}, "made with 0.0, this run has 0.1"),
+    (
+        "data.global_batch_size",
+        {"micro_batch_size": 2},
+        {"micro_batch_size": 2, "accumulate": 2},
+        "made with 2 samples, this run has 4 samples",
+    ),
+    (
+        "data.global_batch_size",
+        {"micro_batch_tokens": 512},
+        {"micro_batch_tokens": 600},
+        "made with 1 x 512 tokens, packed, this run has 1 x 600 tokens, packed",
+    ),
+    (
+        "data.global_batch_size",
+        {"micro_batch_tokens": 512},
+        {"micro_batch_tokens": 512, "packing": False},
+        "made with 1 x 512 tokens, packed, this run has 1 x 512 tokens, padded",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "before", "after", "said"), CHANGES)
+def test_a_changed_setting_is_refused_by_name_or_taken_if_allowed(
+    path: str, name: str, before: dict[str, Any], after: dict[str, Any], said: str
+) -> None:
+    state = prepared(path=path, **before).state_dict()
+    data = prepared(path=path, **after)
+    told = refusal(lambda: data.load_state_dict(state))
+    assert told.startswith(f"{name}: the checkpoint was ")
+    assert said in told
+    assert f"--allow_changed {name}" in told
+    data.allow_changed = [name]  # the tokens that follow from it need no word of their own
+    data.load_state_dict(state)
+
+
+def test_another_seed_is_refused_or_taken(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state = prepared(path=path).state_dict()
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     data = prepared(path=path)
     told = refusal(lambda: data.load_state_dict(state))
-    assert told.startswith("seed_everything: the checkpoint was made with 0, this run has 7:")
-    assert data.steps_done == 0
+    assert told.startswith("seed_everything: the checkpoint was made with 0, this run has 7. ")
+    data.allow_changed = ["seed_everything"]
+    data.load_state_dict(state)
 
 
-@pytest.mark.parametrize("change", [{"limit": "[0:19]"}, {"template": "chatml"}, {"val_fraction": 0.1}, {"path": None}])
-def test_other_data_is_refused(path: str, tmp_path: Path, change: dict[str, Any]) -> None:
-    state = prepared(path=path).state_dict() | {"steps_done": 3}
+@pytest.mark.parametrize("allowed", [[], ["data.limit"], ["seed_everything", "model.learning_rate"]])
+def test_other_records_are_refused_wherever_they_lie(path: str, tmp_path: Path, allowed: list[str]) -> None:
+    state = prepared(path=path).state_dict()
     edited = write_records(tmp_path / "edited.jsonl", output="yes!")  # as many samples, as long ones
-    data = prepared(**{"path": path} | change | ({"path": edited} if "path" in change else {}))
+    data = prepared(path=edited)
+    data.allow_changed = allowed  # of other settings, which have not changed
     told = refusal(lambda: data.load_state_dict(state))
-    assert told.startswith("data: the checkpoint was made with ")
-    assert data.steps_done == 0
+    assert told.startswith("data.path: the checkpoint was made with content ")
+    data.allow_changed = ["data.path"]
+    data.load_state_dict(state)
+    moved = prepared(path=write_records(tmp_path / "moved.jsonl"))
+    moved.load_state_dict(state)
+
+
+def test_another_global_batch_is_counted_anew_if_taken(path: str) -> None:
+    first = prepared(path=path, micro_batch_size=2)  # 10 steps an epoch
+    trainer: Any = first.trainer
+    trainer.global_step = 12
+    second = prepared(path=path, micro_batch_size=4, steps_done=12)  # 5 steps an epoch
+    second.allow_changed = ["data.global_batch_size"]
+    second.load_state_dict(first.state_dict())
+    assert second.place_after(11) == (2, 2, False)
+    assert next(iter(second.train_dataloader()))["epoch"] == 2
 
 
 def test_the_digest_is_of_what_is_trained_on(path: str, tmp_path: Path) -> None:

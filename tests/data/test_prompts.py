@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_tune.data.prompts import (
     Template,
@@ -277,9 +278,47 @@ def test_a_template_that_reads_the_texts_is_refused(source: str) -> None:
         encode_record(chat("a", "b"), Template("own", source), BYTES)
 
 
-def test_a_template_that_leaves_out_the_response_is_refused() -> None:
-    with pytest.raises(InputError, match="leaves out the assistant's text"):
+def test_a_template_that_leaves_out_a_text_is_refused() -> None:
+    with pytest.raises(InputError, match=r"leaves out the assistant's text in messages\[1\]"):
         encode_record(chat("a", "b"), Template("own", "{{ messages[0].content }}"), BYTES)
+    with pytest.raises(InputError, match=r"leaves out the user's text in messages\[0\]"):
+        encode_record(chat("a", "b"), Template("own", "{{ messages[1].content }}"), BYTES)
+    late_rules = Record(0, (*chat("a", "b").messages, Message("system", "rules"), *chat("c", "d").messages))
+    with pytest.raises(InputError, match=r"'alpaca' leaves out the system's text in messages\[2\]"):
+        encode_record(late_rules, load_template("alpaca"), BYTES)
+
+
+@pytest.mark.parametrize("mark", ["\U000f0042", "\x1e\U000f0042\x1f"])
+def test_a_template_may_write_what_stands_for_texts(mark: str) -> None:
+    template = Template("own", mark + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert BYTES.decode(encode_record(chat("a", "b"), template, BYTES)[0]) == f"<s>{mark}ab</s>"
+
+
+def test_what_a_template_says_in_a_fault_stays_one_line_and_harmless() -> None:
+    template = Template("own", "{{ raise_exception('no\x1b[2J\nmore') }}")
+    with pytest.raises(InputError, match=r"^record 0: template 'own' fails: no \[2J$"):
+        encode_record(chat("a", "b"), template, BYTES)
+
+
+def test_a_tokenizer_that_joins_plain_text_to_a_control_token_is_told_with_the_record() -> None:
+    words = ["<unk>", EOS, *"</s>ab", "</", "s>"]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={word: index for index, word in enumerate(words)},
+            merges=[("<", "/"), ("s", ">"), ("</", "s>")],
+            unk_token="<unk>",
+        )
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, unk_token="<unk>")
+    template = Template("own", "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    assert encode_record(chat("a", "b"), template, tokenizer)[0] == [6, 1, 7, 1]
+    record = Record(3, chat(f"a{EOS}", "b").messages, place="r.jsonl:4")
+    with pytest.raises(
+        InputError, match=r"^r\.jsonl:4: the tokenizer makes a control token from the plain text 'a</s>'"
+    ):
+        encode_record(record, template, tokenizer)
+    with pytest.raises(InputError, match=r"^the prompt: the tokenizer makes a control token"):
+        encode_prompt(record.messages[:1], template, tokenizer)
 
 
 def test_templates_render_as_in_transformers() -> None:
@@ -323,6 +362,26 @@ def test_faults_of_a_template_are_told(tmp_path: Path) -> None:
         load_template(str(path))
     path.write_bytes(b"\xff")
     with pytest.raises(InputError, match="not UTF-8"):
+        load_template(str(path))
+    with pytest.raises(InputError, match="is no file name"):
+        load_template("own\0.jinja")
+    with pytest.raises(InputError, match="is unknown"):
+        load_template("own" * 2_000)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}" * 25 + "{% endfor %}" * 25,
+        "{{ " + "(" * 5_000 + "1" + ")" * 5_000 + " }}",
+        "9" * 5_000,
+    ],
+    ids=["nested blocks", "nested brackets", "a long number"],
+)
+def test_a_template_that_python_cannot_compile_is_told(tmp_path: Path, source: str) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text(source if source.startswith("{") else f"{{{{ {source} }}}}")
+    with pytest.raises(InputError, match=r"own\.jinja: the template cannot be compiled: "):
         load_template(str(path))
 
 

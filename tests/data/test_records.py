@@ -1,8 +1,10 @@
 import csv
 import gzip
 import json
+import os
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import NoReturn
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from datasets.exceptions import DatasetGenerationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,6 +123,14 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
     assert read_records(path, columns=columns)[0].messages == NAME_MESSAGES
 
 
+def test_records_know_their_place(tmp_path: Path) -> None:
+    array = write(tmp_path / "r.json", json.dumps([ADD, NAME], indent=2))
+    assert [record.place for record in read_records(array)] == [f"{array}:2", f"{array}:7"]
+    parquet = tmp_path / "r.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist([ADD, NAME]), parquet)
+    assert [record.place for record in read_records(str(parquet))] == [f"{parquet}: record 0", f"{parquet}: record 1"]
+
+
 def test_a_renamed_column_that_no_record_has_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", lines([ADD]))
     assert "'context'" in fault(path, columns={"input": "context"})
@@ -166,7 +177,12 @@ def test_limits(limit: object, expected: slice) -> None:
 
 
 @pytest.mark.parametrize(
-    "limit", [-1, True, "", "[a:b]", "[0:200", "1,5", "[::0]", "[::-00]", "1.5", [90], [1, 2, 3], [], [None]]
+    "limit",
+    [
+        *(-1, True, "", "[a:b]", "[0:200", "1,5", "[::0]", "[::-00]", "1.5", [90], [1, 2, 3], [], [None]),
+        *("9" * 5_000, f"[:{'9' * 5_000}]", ["0", "9" * 5_000]),  # Python refuses to read numbers so long
+    ],
+    ids=lambda limit: str(limit)[:9],
 )
 def test_a_limit_that_is_no_range_is_refused_with_the_forms(limit: object) -> None:
     with pytest.raises(InputError, match=r"\[0:200\]"):
@@ -200,6 +216,13 @@ def test_a_directory_and_an_unknown_format(tmp_path: Path) -> None:
     assert "unknown format" in fault(write(tmp_path / "r.txt", "x"))
 
 
+def test_what_is_no_file_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.jsonl")  # reading it would wait for ever
+    assert "is a pipe or a device" in fault(str(tmp_path / "r.jsonl"))
+    assert "no such file" in fault("r\0.jsonl")
+    assert "name too long" in fault("r" * 5_000 + ".jsonl")
+
+
 GOOD = json.dumps(ADD)
 
 
@@ -211,6 +234,7 @@ GOOD = json.dumps(ADD)
         ("r.json", "[]", "", "no records"),
         ("r.json", "[\n" + GOOD + ",\n{bad}]", ":3:2", "malformed JSON"),
         ("r.json", "[\n" + GOOD + "\n" + GOOD + "]", ":3:1", "Expecting ','"),
+        ("r.json", "[\n" + GOOD[:-1] + ",\n" + GOOD + "]", ":3:1", "in the record that begins on line 2;"),
         ("r.json", "[" + GOOD + ",]", f":1:{len(GOOD) + 3}", "malformed JSON"),
         ("r.json", "[" + GOOD + "]\n[]", ":2:1", "Extra data"),
         ("r.json", "[\n" + GOOD, f":2:{len(GOOD) + 1}", "Expecting ','"),
@@ -226,6 +250,8 @@ GOOD = json.dumps(ADD)
         ("r.jsonl", GOOD + '\n{"instruction": ' + "9" * 5_000 + "}", ":2", "a number"),
         ("r.jsonl", (GOOD + "\n").encode() + b'{"output": "\xff"}', ":2", "0xff is not valid UTF-8"),
         ("r.jsonl", GOOD.encode("utf-16"), "", "UTF-16"),
+        ("r.jsonl", GOOD.encode("utf-32"), "", "UTF-32"),
+        ("r.jsonl", ("\ufeff" + GOOD).encode("utf-32-be"), "", "UTF-32"),
         ("r.jsonl", GOOD.encode("utf-16-le"), ":1", "NUL"),
         ("r.jsonl", GOOD + '\n{"instruction": "a\x00"}', ":2", "NUL"),
         ("r.json.gz", b"no gzip at all", "", "corrupt"),
@@ -233,6 +259,9 @@ GOOD = json.dumps(ADD)
         ("r.csv", "instruction,output\na,b\nc\n", ":3", "1 values for the 2 columns"),
         ("r.csv", "instruction,output\n\"a\nb\",c\nd,'', \n", ":4", "3 values"),
         ("r.csv", 'instruction,output\na,"b\n', ":2", "malformed CSV"),
+        ("r.csv", 'instruction,output\n"a\rb",c\nd\n', ":3", "1 values"),
+        ("r.csv", "instruction,output\na\rb,c\n", ":2", "malformed CSV"),
+        ("r.csv", "\n\ninstruction,output\na,\n", ":4", "'output' is empty"),
         ("r.csv", "output,output\n", ":1", "stands twice"),
         ("r.csv", "instruction,output\n", "", "no records"),
         ("r.parquet", "no parquet", "", "Parquet"),
@@ -249,8 +278,33 @@ def test_a_faulty_file_is_told_with_its_place(
 
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_GZIP_FREE_BYTES", 1_000)
-    assert "200 times" in fault(write(tmp_path / "r.json.gz", gzip.compress(b" " * 1_000_000)))
+    monkeypatch.setattr(records, "MAX_UNPACKED_FREE_BYTES", 1_000)
+    assert "100 times" in fault(write(tmp_path / "r.json.gz", gzip.compress(b" " * 1_000_000)))
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.json.gz", gzip.compress(b" " * 200_000_000))
+    tracemalloc.start()
+    assert "100 times" in fault(path)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 1.5 * records.MAX_UNPACKED_FREE_BYTES
+
+
+def test_a_parquet_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_UNPACKED_FREE_BYTES", 1_000)
+    pyarrow.parquet.write_table(pa.Table.from_pylist([{**ADD, "output": "x" * 10_000}] * 5_000), tmp_path / "r.parquet")
+    assert "100 times" in fault(str(tmp_path / "r.parquet"))
+
+
+def test_parquet_columns_that_are_no_records_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    pyarrow.parquet.write_table(pa.table(columns, names=["instruction", "output", "output"]), path)
+    assert "a column name stands twice" in fault(str(path))
+    beyond_dates = pa.array([2**62], pa.int64()).cast(pa.timestamp("us"))
+    pyarrow.parquet.write_table(pa.table({"instruction": ["a"], "output": ["b"], "when": beyond_dates}), path)
+    assert "date value out of range" in fault(str(path))
 
 
 @untimed
@@ -289,6 +343,8 @@ USER = {"role": "user", "content": "Hi"}
         ({**ADD, "input": {"a": 1}}, "'input' is an object"),
         ({"instruction": "a", "inputs": "b", "output": "c"}, "did you mean 'inputs'?"),
         ({**ADD, "output": "\ud800"}, "lone surrogate U+D800"),
+        ({**ADD, "output": "a" * 2_000_001}, "'output' has 2,000,001 characters"),
+        ({"mesages": [USER]}, "'messages' is missing (did you mean 'mesages'?)"),
         (conversation(), "an empty list"),
         ({"messages": "Hi"}, "a string"),
         (conversation(USER), "ends with a user turn"),
@@ -354,10 +410,15 @@ def test_a_hub_dataset(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hub_dataset_that_cannot_be_loaded(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, split: str) -> NoReturn:
-        raise ValueError("Unknown split\nand more")
+        raise DatasetGenerationError("Unknown split\nand more")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert "Unknown split; or give a local file" in fault("someone/alpaca")
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert "Unknown split; give a local file" in fault("someone/alpaca")
+
+
+def test_a_loader_is_no_hub_dataset(online: None, working_directory: Path) -> None:
+    write(working_directory / "some.json", lines([ADD]))  # which `datasets` would load by the name of its loader
+    assert "json: no such file here (did you mean 'some.json'?), and no hub dataset" in fault("json")
 
 
 def test_the_hub_out_of_reach_is_told_with_what_to_do(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
