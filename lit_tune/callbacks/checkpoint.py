@@ -161,10 +161,17 @@ class Checkpoint(Callback):
 
 
 def settle(path: Path, *, improved: bool, keep_last: int) -> None:
-    """Do what follows when a checkpoint is on the disk: it may be the best one, and older ones go."""
+    """Do what follows when a checkpoint is on the disk: it may be the best one, and the others go.
+
+    Also those of later steps: the run went on from an earlier one, or past a damaged one, and makes them anew.
+    """
+    run = path.parent.parent
     if improved:
         link(path, path.with_name(BEST))
-    prune(path.parent.parent, keep_last)
+    saved = step_checkpoints(run)
+    for later in saved[: saved.index(path)]:
+        later.unlink(missing_ok=True)
+    prune(run, keep_last)
 
 
 def link(path: Path, target: Path) -> None:
