@@ -11,12 +11,13 @@ import difflib
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from lit_tune import signals
 from lit_tune.errors import InputError, Interrupted, NonFiniteError, SaveError
+from lit_tune.redact import printable
 
 TRAINER_COMMANDS = {
     "fit": "train with LoRA or in full",
@@ -40,7 +41,9 @@ EXAMPLES = """\
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for number in (signal.SIGINT, signal.SIGTERM):
+    signals.end_with_parent()
+    signals.end_if_stuck(_end_stuck)
+    for number in signals.SIGNALS:
         signal.signal(number, _interrupt)
     sys.exit(exit_code(lambda: run(arguments)))
 
@@ -90,9 +93,7 @@ def exit_code(action: Callable[[], Any]) -> int:
     except (InputError, SaveError, NonFiniteError) as error:
         return _say(str(error), error.exit_code)
     except Interrupted as stop:
-        saved = f"; saved {stop.checkpoint}; go on with --ckpt_path last" if stop.checkpoint else "; nothing was saved"
-        # A launched process ends quietly: its parent speaks, and takes another code than 0 for a crash.
-        return _say(f"{stop}{saved}", stop.exit_code) if _speaks() else 0
+        return _interrupted(stop)
     except MemoryError as error:
         return _say(f"out of host memory: {error}. {_LESS_MEMORY}", 3, on_any_rank=True)
     except RuntimeError as error:
@@ -102,7 +103,16 @@ def exit_code(action: Callable[[], Any]) -> int:
     return 0
 
 
-PATIENCE_S = 15.0
+def _interrupted(stop: Interrupted) -> int:
+    saved = f"; saved {stop.checkpoint}; go on with --ckpt_path last" if stop.checkpoint else "; nothing was saved"
+    if _speaks():
+        return _say(f"{stop}{saved}", stop.exit_code)
+    if stop.alone:
+        signals.tell_parent(stop.exit_code - 128)
+        return stop.exit_code
+    return 0  # the parent, which stops too, speaks, and takes another code than 0 for a crash
+
+
 _LESS_MEMORY = (
     "Lower data.micro_batch_size (and raise trainer.accumulate_grad_batches), lower data.max_length, set "
     "model.gradient_checkpointing full, or train with model.method lora."
@@ -112,20 +122,10 @@ _LESS_MEMORY = (
 def _say(text: str, code: int, *, on_any_rank: bool = False) -> int:
     """Print a fault, on rank 0 alone where every rank has the same, and return its exit code."""
     if on_any_rank or _speaks():
-        print(f"lit-tune: {text}", file=sys.stderr, flush=True)
+        print(f"lit-tune: {printable(text)}", file=sys.stderr, flush=True)
     elif os.environ.get("LOCAL_RANK", "0") != "0":
-        _let_parent_speak()
+        signals.let_parent_end()
     return code
-
-
-def _let_parent_speak() -> None:
-    """Wait a moment for rank 0 to end with the same fault.
-
-    NOTE: when a launched process ends with a fault, Lightning kills its parent outright, before it has said anything.
-    """
-    parent, deadline = os.getppid(), time.monotonic() + PATIENCE_S
-    while os.getppid() == parent and time.monotonic() < deadline:
-        time.sleep(0.1)
 
 
 def _speaks() -> bool:
@@ -134,7 +134,14 @@ def _speaks() -> bool:
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     """End at once where no optimizer step is under way; during training `GracefulStop` takes over."""
-    raise Interrupted(number, checkpoint=None)
+    signals.heard.set()
+    for each in signals.SIGNALS:  # a second one, such as another rank's, must not undo the first
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(number, checkpoint=None, alone=True)
+
+
+def _end_stuck(number: int) -> None:
+    os._exit(_say(f"stopped by {signal.Signals(number).name} while waiting for another rank", 128 + number))
 
 
 def version() -> str:

@@ -33,10 +33,14 @@ class Interrupted(BaseException):
         signal_number: The signal; SIGTERM where the time was up.
         checkpoint: Where the run goes on from; None if nothing was saved.
         reason: What stopped the run, if not the signal.
+        alone: This rank stops without the others.
     """
 
-    def __init__(self, signal_number: int, checkpoint: str | None, reason: str | None = None) -> None:
+    def __init__(
+        self, signal_number: int, checkpoint: str | None, reason: str | None = None, *, alone: bool = False
+    ) -> None:
         self.reason = reason or signal.Signals(signal_number).name
         super().__init__(f"stopped by {self.reason}")
         self.exit_code = 128 + signal_number
         self.checkpoint = checkpoint
+        self.alone = alone

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from lit_tune import plain_yaml
 from lit_tune.errors import InputError
 
 FLAGS = ("--config", "-c")
@@ -40,19 +41,22 @@ def find(name: str) -> Path:
 
 
 def check_syntax(path: Path) -> None:
-    """Refuse a configuration that is no YAML, with the place of the fault.
+    """Refuse a configuration that is no YAML of settings, with the place of the fault.
 
     Raises:
-        InputError: The file cannot be read as text, or not as YAML.
+        InputError: The file cannot be read as text, not as YAML, or holds something else than settings by name.
     """
     try:
-        yaml.safe_load(path.read_text())
+        settings = plain_yaml.load(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(f"{place}: this is no YAML: {error.problem or error.context}.") from error
+        raise InputError(f"{place}: this is no YAML of settings: {error.problem or error.context}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: this is no YAML: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: this is no YAML of settings: {str(error).splitlines()[0]}") from error
+    if not isinstance(settings, dict):
+        kind = "nothing" if settings is None else f"one {type(settings).__name__}"
+        raise InputError(f"{path}: it holds {kind}; write settings by name, such as `model: {{method: lora}}`.")
 
 
 def expand(arguments: list[str]) -> tuple[list[str], list[Path]]:

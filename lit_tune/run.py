@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import psutil
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -36,6 +37,7 @@ from lit_tune.callbacks.samples import Samples
 from lit_tune.callbacks.stop import GracefulStop
 from lit_tune.callbacks.summary import RunSummary, SampleChange, print_summary
 from lit_tune.callbacks.throughput import Throughput
+from lit_tune.data.describe import overlap
 from lit_tune.data.instruct import InstructData, Prepared
 from lit_tune.duration import seconds_of
 from lit_tune.errors import InputError
@@ -43,8 +45,9 @@ from lit_tune.logs import FILE as METRICS_FILE
 from lit_tune.logs import MetricsCsv
 from lit_tune.modules.llama import LlamaTuner
 from lit_tune.modules.load import load_config
-from lit_tune.parser import TuneParser, restrict_imports, suggestion
+from lit_tune.parser import TuneParser, refusals, restrict_imports, suggestion
 from lit_tune.quiet import quieten
+from lit_tune.redact import redact
 from lit_tune.result import save_result, steps_of
 from lit_tune.runs import RUNS, check_name, fresh_name, last_checkpoint, make_directory, run_of, runs_named, shown
 
@@ -121,6 +124,7 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.config = redact(self.config)
         super().setup(trainer, pl_module, "fit")
 
 
@@ -142,7 +146,7 @@ class TuneCLI(LightningCLI):
         self.recipe = recipe
         self._options = options
         self._command = arguments[0] if run else "fit"
-        self.console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=not is_main_process())
+        self.console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not is_main_process())
         self.resumed_from: Path | None = None
         self._steps_done = 0
         self._time_limit_s: int | None = None
@@ -234,15 +238,15 @@ class TuneCLI(LightningCLI):
         check_devices(trainer["accelerator"], trainer["devices"])
         if trainer["precision"] is None:
             trainer["precision"] = default_precision(trainer["accelerator"])
+        if settings["time_limit"]:
+            self._time_limit_s = seconds_of(settings["time_limit"], setting="--time-limit")
         root = Path(trainer["default_root_dir"] or ".") / RUNS
         wanted = settings["name"] or (self.recipe.stem if self.recipe else settings["model"]["method"])
-        if self.subcommand and settings.get("ckpt_path"):
+        if self.subcommand and settings.get("ckpt_path") is not None:
             self._find_checkpoint(root, check_name(wanted))
         if self.subcommand == "fit" and not trainer["fast_dev_run"]:
             self.directory = self._claim_directory(root, check_name(wanted))
             settings["name"] = self.directory.name
-        if settings["time_limit"]:
-            self._time_limit_s = seconds_of(settings["time_limit"], setting="--time-limit")
 
     def _find_checkpoint(self, root: Path, name: str) -> None:
         """Turn `--ckpt_path last`, `best` or a path into the path of an intact checkpoint."""
@@ -293,12 +297,19 @@ class TuneCLI(LightningCLI):
                 "trainer.callbacks: GradientAccumulationScheduler changes the samples of an optimizer step during the "
                 "run; set trainer.accumulate_grad_batches or data.global_batch_size."
             )
+        for name, whole in {"limit_train_batches": (None, 1.0), "overfit_batches": (0.0,)}.items():
+            if config[name] not in whole and not config["fast_dev_run"]:
+                raise InputError(
+                    f"trainer.{name} is {config[name]}: it would cut epochs where no checkpoint could go on; "
+                    "set data.limit for fewer records, or trainer.max_steps for a shorter run."
+                )
         config["callbacks"] = [*(config["callbacks"] or []), *self._own_callbacks(config)]
         writer = checkpoint.AtomicCheckpointIO(asynchronous=self._checkpoint.asynchronous)
         config["plugins"] = [*_as_list(config["plugins"]), writer]
         if config["logger"] in (None, True):
             config["logger"] = self._own_loggers() if self.directory else False
-        trainer = super().instantiate_trainer(**kwargs)
+        with refusals():
+            trainer = super().instantiate_trainer(**kwargs)
         trainer.accumulate_grad_batches = self.datamodule.accumulation(
             world=trainer.world_size, given=trainer.accumulate_grad_batches
         )
@@ -406,7 +417,8 @@ class TuneCLI(LightningCLI):
     def fit(self, model: LlamaTuner, datamodule: InstructData, **kwargs: Any) -> None:
         """Train, then save the result and print the summary."""
         self._announce()
-        self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        with refusals((MisconfigurationException,)):
+            self.trainer.fit(model, datamodule=datamodule, **kwargs)
         if self.trainer.is_global_zero and self.directory is not None:
             save_result(model, datamodule, self.directory / RESULT, precision=str(self.trainer.precision))
             self._log_hyperparameters()
@@ -425,14 +437,23 @@ class TuneCLI(LightningCLI):
         run = self.directory or "for a look (fast_dev_run), nothing is kept"
         self.console.print(f"Run {run}: {self.model.method} of {self.model.base}, {self.trainer.precision}")
         self.console.print(f"Data {shown(Path(self.datamodule.path))}: {len(ready.train):,} samples{said}")
+        if ready.val is not None and (shared := overlap(ready.train, ready.val)):
+            self.console.print(
+                f"{shared:,} of the {len(ready.val):,} held-out samples are trained on too: "
+                "their loss tells nothing of new text.",
+                style="yellow",
+            )
         if self.resumed_from:
             self.console.print(f"Going on from {self.resumed_from} (optimizer step {self._steps_done})")
 
     def _log_hyperparameters(self) -> None:
         """Put the settings and the final metrics into TensorBoard's HParams tab."""
         # By names of their own: points of the curves they are not.
-        last = {"train_epoch_loss": self.epochs.epoch_losses[-1:], "val_loss": self.epochs.val_losses[-1:]}
-        metrics = {f"final/{name}": value for name, values in last.items() for value in values if value is not None}
+        metrics: dict[str, float] = {}
+        if self.epochs.epoch_losses:
+            metrics["final/train_epoch_loss"] = self.epochs.epoch_losses[-1]
+        if self.epochs.val_losses and (val_loss := self.epochs.val_losses[-1]) is not None:
+            metrics["final/val_loss"] = val_loss
         settings = {
             f"{part}.{key}": str(value) if isinstance(value, list | dict) else value
             for part in ("model", "data")
@@ -441,7 +462,7 @@ class TuneCLI(LightningCLI):
         }
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(settings, metrics, step=self.trainer.global_step - 1)
+                logger.log_hyperparams(redact(settings), metrics, step=self.trainer.global_step - 1)
                 logger.finalize("success")  # it has opened its file again
 
     def _summary(self) -> RunSummary:

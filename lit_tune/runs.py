@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from pathlib import Path
 
 from lit_tune import checkpoint
 from lit_tune.errors import InputError
 
 RUNS = "runs"
+LONGEST_NAME = 200  # bytes; file systems take 255, and -2, -3 ... may follow
 
 
 def check_name(name: str) -> str:
@@ -18,6 +21,8 @@ def check_name(name: str) -> str:
     """
     if not name or name.startswith(".") or not name.isprintable() or Path(name).name != name:
         raise InputError(f"--name: {name!r} is no plain folder name; use letters, digits, '-', '_' and '.'.")
+    if len(name.encode()) > LONGEST_NAME:
+        raise InputError(f"--name: {name[:20]!r}... has {len(name)} characters; use at most {LONGEST_NAME}.")
     return name
 
 
@@ -25,7 +30,9 @@ def runs_named(root: Path, name: str) -> list[Path]:
     """Return the run directories of `name`, name-2, name-3, ... under `root`, the newest last."""
     first = [root / name] if (root / name).is_dir() else []
     later = [
-        path for path in root.glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal() and path.is_dir()
+        path
+        for path in root.glob(f"{glob.escape(name)}-*")
+        if path.name.removeprefix(f"{name}-").isdecimal() and path.is_dir()
     ]
     return first + sorted(later, key=lambda path: int(path.name.removeprefix(f"{name}-")))
 
@@ -77,8 +84,21 @@ def last_checkpoint(root: Path, name: str) -> tuple[Path, list[Path]]:
 
 
 def run_of(ckpt_path: Path) -> Path:
-    """Return the run directory that a checkpoint lies in; relative where it is below the working directory."""
-    return shown(ckpt_path.resolve().parent.parent)
+    """Return the run directory that a checkpoint lies in; relative where it is below the working directory.
+
+    A link is not followed where it lies in a run itself: a run writes into its own directory, wherever its checkpoints
+    are kept.
+
+    Raises:
+        InputError: It lies in none, so that a run going on from it would write beside somebody else's files.
+    """
+    for path in (Path(os.path.abspath(ckpt_path)), ckpt_path.resolve()):
+        if path.parent.name == checkpoint.DIRECTORY:
+            return shown(path.parent.parent)
+    raise InputError(
+        f"ckpt_path: {ckpt_path} lies in no run; put it into the folder {checkpoint.DIRECTORY!r} of a run's directory, "
+        f"such as {RUNS}/NAME/{checkpoint.DIRECTORY}/{ckpt_path.name}."
+    )
 
 
 def shown(path: Path) -> Path:

@@ -6,10 +6,21 @@ from typing import Any, Literal
 import pytest
 import yaml
 from jsonargparse._common import default_import_path_denylist, parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lit_tune.parser import TuneParser, bad_value, explain, one_line, restrict_imports, suggestion
+from lit_tune.errors import InputError
+from lit_tune.parser import (
+    ALLOWED_PATHS,
+    TuneParser,
+    bad_value,
+    explain,
+    one_line,
+    refusals,
+    restrict_imports,
+    suggestion,
+)
 
 KEYS = ["config", "name", "trainer.max_epochs", "trainer.max_steps", "model.learning_rate", "model.lora.rank"]
 
@@ -88,9 +99,7 @@ def unrestricted(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_an_unknown_setting_is_answered_with_the_nearest(message: str) -> None:
-    assert explain(message, KEYS) == (
-        "there is no setting 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'? `--help` lists all."
-    )
+    assert explain(message, KEYS) == ("there is no setting 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +116,24 @@ def test_an_unknown_setting_is_answered_with_the_nearest(message: str) -> None:
 )
 def test_suggestions(key: str, near: str | None) -> None:
     assert suggestion(key, KEYS) == (f" Did you mean {near!r}?" if near else "")
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("unrecognized arguments: fast", "there is no setting 'fast'. `--help` lists all."),
+        ("unrecognized arguments: ---name", "there is no setting '-name'. Did you mean 'name'?"),
+        (
+            "Parser key \"model.lora.rank\":\n  Expected a <class 'int'>. Got value: NestedArg(key='x', val='3')",
+            "there is no setting 'model.lora.rank.x'. Did you mean 'model.lora.rank'?",
+        ),
+        ("argument -c/--config: expected one argument", "config: no value is given; write --config VALUE."),
+        ("the following arguments are required: monitor", "it needs monitor"),
+        ("Unexpected config: 3", "the configuration holds no settings; write them by name, such as `model: {method: "),
+    ],
+)
+def test_what_is_missing_or_too_much_is_told(message: str, line: str) -> None:
+    assert explain(message, KEYS).startswith(line)
 
 
 def test_nothing_is_suggested_from_nothing() -> None:
@@ -136,6 +163,13 @@ def test_nothing_is_suggested_from_nothing() -> None:
             "'x' is not valid; it takes Callback.",
         ),
         (
+            UNION.format(types="<class 'lightning.pytorch.callbacks.callback.Callback'>", value="EarlyStoping"),
+            "'EarlyStoping' is not valid; it takes Callback. Did you mean 'EarlyStopping'?",
+        ),
+        (UNION.format(types="<class 'str'>", value="12"), "'12' is not valid; it takes text: put it in quotes."),
+        (UNION.format(types="<class 'str'>", value="[12]"), "'[12]' is not valid; it takes str."),
+        ("Unable to load config 'x.yaml'", "'x.yaml' is not valid; it takes settings by name, or a YAML file of them."),
+        (
             "  - Problem with given class_path 'torch.nn.Liner':\n      module 'torch.nn' has no attribute 'Liner'\n"
             + UNION.format(types="<class 'int'>", value="torch.nn.Liner"),
             "'torch.nn.Liner' cannot be used: module 'torch.nn' has no attribute 'Liner'.",
@@ -150,9 +184,40 @@ def test_a_bad_value_is_told_with_what_would_be_right(text: str, explained: str)
 
 def test_what_is_not_known_is_said_in_one_line() -> None:
     assert one_line("Problems:\n  - first\n\n  - second\n") == "Problems: first second"
-    assert explain("the following arguments are required:\n  data.path", KEYS) == (
-        "the following arguments are required: data.path"
-    )
+
+
+# What lightning refuses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        MisconfigurationException("`max_epochs` must be\n  more"),
+        ValueError("`max_epochs` must be more"),
+        TypeError("`max_epochs` must be more"),
+        ModuleNotFoundError("`max_epochs` must be more"),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_what_lightning_refuses_is_the_users_fault_in_one_line(fault: Exception) -> None:
+    with pytest.raises(InputError, match=r"^trainer: `max_epochs` must be more$"), refusals():
+        raise fault
+
+
+def test_while_it_trains_fewer_errors_are_the_users_fault() -> None:
+    with pytest.raises(ValueError, match="a bug") as raised, refusals((MisconfigurationException,)):
+        raise ValueError("a bug")
+    assert type(raised.value) is ValueError
+    for fault in (MisconfigurationException("no"), RuntimeError("Early stopping conditioned on metric `a` which is")):
+        with pytest.raises(InputError), refusals((MisconfigurationException,)):
+            raise fault
+
+
+def test_faults_of_ours_and_those_already_told_stay_as_they_are() -> None:
+    for fault in (InputError("model.x is 3"), KeyError("a bug"), RuntimeError("a bug")):
+        with pytest.raises(type(fault)) as raised, refusals():
+            raise fault
+        assert raised.value is fault
 
 
 # Parsing --------------------------------------------------------------------------------------------------------------
@@ -164,13 +229,13 @@ def test_all_settings_are_known_by_their_full_names() -> None:
 
 @pytest.mark.parametrize("key", ["max_epoch", "max_epo", "max-epochs"])
 def test_an_abbreviation_is_refused_and_not_taken_for_the_setting(told: Told, key: str) -> None:
-    assert told([f"--{key}=3"]) == f"there is no setting {key!r}. Did you mean 'max_epochs'? `--help` lists all."
+    assert told([f"--{key}=3"]) == f"there is no setting {key!r}. Did you mean 'max_epochs'?"
 
 
 def test_an_unknown_setting_of_a_group_is_refused_on_the_command_line_and_in_yaml(told: Told, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("model:\n  metod: fft\n")
-    expected = "there is no setting 'model.metod'. Did you mean 'model.method'? `--help` lists all."
+    expected = "there is no setting 'model.metod'. Did you mean 'model.method'?"
     assert told(["--model.metod=fft"]) == expected
     assert told([f"--config={config}"]) == expected
 
@@ -195,6 +260,50 @@ def test_an_unknown_setting_at_the_top_of_yaml_is_refused(told: Told, tmp_path: 
 )
 def test_a_value_of_the_wrong_kind_is_told_in_one_line(told: Told, argument: str, expected: str) -> None:
     assert told([argument]) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"patince": 3}, "there is no setting 'patince'. Did you mean 'patience'?"),
+        ({"monitor": "a", "patience": "x"}, "patience: 'x' is not valid; it takes int."),
+        ({}, "it needs monitor."),
+    ],
+)
+def test_a_wrong_setting_of_a_class_is_told_with_the_place_and_the_class(
+    told: Told, tmp_path: Path, settings: dict[str, Any], expected: str
+) -> None:
+    path = "lightning.pytorch.callbacks.EarlyStopping"
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({"callbacks": [{"class_path": path, "init_args": settings}]}))
+    assert told([f"--config={config}"]) == f"callbacks: {path!r} cannot be used: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches is 0; it must be 1 or more."),
+        ("--seed_everything=-1", f"seed_everything is -1; it must be between 0 and {2**32 - 1}."),
+        ("--model.learning_rate=.nan", "model.learning_rate is not a number (nan); give one."),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_in_a_command_too(
+    capsys: pytest.CaptureFixture[str], argument: str, expected: str
+) -> None:
+    fit = make_parser()
+    fit.add_argument("--trainer.accumulate_grad_batches", type=int, default=1)
+    fit.add_argument("--seed_everything", type=int | None, default=None)
+    whole = TuneParser()
+    whole.add_subcommands().add_subcommand("fit", fit)
+    for parser, arguments in ((fit, [argument]), (whole, ["fit", argument])):
+        with pytest.raises(SystemExit):
+            parser.parse_args(arguments)
+        assert capsys.readouterr().err == f"lit-tune: {expected}\n"
+
+
+def test_secrets_are_hidden_in_what_is_told(told: Told) -> None:
+    assert told(["--model.metod=hf_" + "a" * 20]) == "there is no setting 'model.metod'. Did you mean 'model.method'?"
+    assert told(["--model.method=hf_" + "a" * 20]).startswith("model.method: '[hidden]' is not valid; use one of ")
 
 
 def test_a_commands_own_settings_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,8 +380,8 @@ def test_the_users_own_code_is_imported_when_trusted(trace: Path) -> None:
 def test_pythons_own_callables_are_refused(told: Told, path: str) -> None:
     restrict_imports()
     assert told([f"--callbacks={path}"]) == (
-        f"callbacks: {path!r} cannot be used: a configuration may name classes of lit_tune, lightning, torch.optim, "
-        "torch.nn, bitsandbytes.optim, except LambdaCallback."
+        f"callbacks: {path!r} cannot be used: a configuration may name classes of {', '.join(ALLOWED_PATHS)}, not "
+        "LambdaCallback."
     )
 
 

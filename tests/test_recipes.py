@@ -97,7 +97,7 @@ def test_a_directory_or_an_odd_path_is_no_recipe(working_directory: Path, name: 
 def test_config_values_become_paths_and_nothing_else_changes(
     working_directory: Path, given: list[str], expanded: list[str], found: list[Path]
 ) -> None:
-    Path("mine.yaml").write_text("")
+    Path("mine.yaml").write_text("name: mine")
     assert expand(given) == (expanded, found)
 
 
@@ -114,14 +114,24 @@ def test_a_recipe_that_is_not_there_is_refused_in_either_form(working_directory:
         (b"model:\n\tmethod: lora\n", ":2"),
         (b"model: !!python/object/apply:os.getcwd []\n", ":1"),
         (b"\xff\xfem\x00", ""),
+        (b"name: a\nname: b\n", ":2"),
+        (b"name: a\n---\nname: b\n", ":2"),
+        (b"trainer: {max_epochs: 0b_}\n", ""),
     ],
 )
 def test_a_file_that_is_no_yaml_is_refused_with_the_line(working_directory: Path, content: bytes, place: str) -> None:
     Path("mine.yaml").write_bytes(content)
     with pytest.raises(InputError) as refused:
         expand(["--config", "mine.yaml"])
-    assert str(refused.value).startswith(f"mine.yaml{place}: this is no YAML: ")
+    assert str(refused.value).startswith(f"mine.yaml{place}: this is no YAML of settings: ")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("content", "kind"), [("", "nothing"), ("- a\n", "one list"), ("3\n", "one int")])
+def test_a_file_without_settings_is_refused(working_directory: Path, content: str, kind: str) -> None:
+    Path("mine.yaml").write_text(content)
+    with pytest.raises(InputError, match=f"mine.yaml: it holds {kind}; write settings by name"):
+        expand(["--config", "mine.yaml"])
 
 
 # Purpose --------------------------------------------------------------------------------------------------------------

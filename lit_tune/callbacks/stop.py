@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from lit_tune.callbacks.checkpoint import Checkpoint
 from lit_tune.errors import Interrupted
+from lit_tune.signals import SIGNALS, heard
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ENDING_S = 5.0  # what it takes to end beside saving
 
 
@@ -47,8 +47,9 @@ class GracefulStop(Callback):
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        heard.set()
         if self.received:
-            raise self._interrupted(number)
+            raise self._interrupted(number, alone=True)
         self.received = number
 
     @override
@@ -82,9 +83,10 @@ class GracefulStop(Callback):
             self._restore()
             raise self._interrupted(number)
 
-    def _interrupted(self, number: int) -> Interrupted:
+    def _interrupted(self, number: int, *, alone: bool = False) -> Interrupted:
         newest = self.checkpoint.newest
-        return Interrupted(number, checkpoint=str(newest) if newest else None, reason=self._reason)
+        path = str(newest) if newest else None
+        return Interrupted(number, checkpoint=path, reason=self._reason, alone=alone)
 
     def _agreed(self, trainer: Trainer) -> int:
         """Return the signal that any rank received, 0 for none; the same on all ranks, so that all stop together."""

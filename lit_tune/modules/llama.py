@@ -190,6 +190,7 @@ class LlamaTuner(LightningModule):
 
     def training_settings(self) -> dict[str, Setting]:
         """Return what else decides how the weights change in an optimizer step."""
+        clipping = self.trainer.gradient_clip_algorithm
         return {
             "model.optimizer": self.optimizer,
             "model.learning_rate": self.learning_rate,
@@ -198,7 +199,7 @@ class LlamaTuner(LightningModule):
             "model.schedule": self.schedule,
             "trainer.precision": str(self.trainer.precision),
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
-            "trainer.gradient_clip_algorithm": self.trainer.gradient_clip_algorithm,
+            "trainer.gradient_clip_algorithm": clipping and clipping.value,  # a checkpoint holds plain values
         }
 
     @cached_property

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 Quantize = Literal["none", "int8", "nf4", "fp4"]
 
 HUB_PATIENCE_S = 4.0
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+# More is no LLaMA, and transformers would be busy for hours making what so small a file asks for.
+MOST = {"num_hidden_layers": 1000, "num_labels": 1000}
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -54,9 +58,11 @@ def load_config(base: str) -> PreTrainedConfig:
     shape = None if Path(base).is_dir() else known_shape(base)
     if shape is not None:
         return LlamaConfig(**shape)
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        base_directory(base), local_files_only=True, trust_remote_code=False
-    )
+    directory = base_directory(base)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers' own and many others: the file holds what somebody wrote
+        raise InputError(f"model.base: {directory}/config.json describes no model: {_one_line(error)}") from error
     return config
 
 
@@ -81,35 +87,94 @@ def base_directory(base: str) -> str:
     return _hub_snapshot(base)
 
 
+def local_directory(base: str) -> str | None:
+    """Return the directory of `base` if it lies on this machine already, as a directory or in a cache; else None."""
+    import huggingface_hub as hub  # noqa: PLC0415
+
+    try:
+        snapshot = base if Path(base).is_dir() else hub.snapshot_download(base, local_files_only=True)
+    except (hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError):
+        return None
+    return snapshot if (Path(snapshot) / "config.json").is_file() else None
+
+
 def is_local(base: str) -> bool:
     """Tell whether other tools find `base` by its directory on this machine rather than by a hub id."""
     return Path(base).is_dir() or base == smollm2.NAME
 
 
+def read_object(path: Path, setting: str) -> dict[str, Any]:
+    """Read a JSON object that came with a model.
+
+    Raises:
+        InputError: It is none; `setting` is what named the model.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{setting}: {path} is no JSON object: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{setting}: {path} is no JSON object, but one {type(value).__name__}.")
+    return value
+
+
 def _checked(directory: str) -> str:
     folder = Path(directory)
+    has_adapter = (folder / "adapter_config.json").is_file()
     if not (folder / "config.json").is_file():
-        hint = " It is an adapter: name it as model.adapter." if (folder / "adapter_config.json").is_file() else ""
+        hint = " It is an adapter: name it as model.adapter." if has_adapter else ""
         raise InputError(f"model.base: {directory} holds no config.json, so it is no transformers model.{hint}")
-    _check_causal_lm(folder)
-    if not any(folder.glob("*.safetensors")):
+    if has_adapter:  # transformers would put it into the model without a word
         raise InputError(
-            f"model.base: {directory} holds no safetensors; weights are never read from pickles (.bin, .pt). "
-            "Convert them once with `save_pretrained` of a transformers that you trust."
+            f"model.base: {directory} holds an adapter beside the model; move adapter_config.json and its weights to a "
+            "directory of their own, and name that as model.adapter."
         )
+    _check_config(folder)
+    _check_weight_files(folder)
     return directory
 
 
-def _check_causal_lm(folder: Path) -> None:
-    try:
-        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise InputError(f"model.base: {folder}/config.json is no JSON object: {_first_line(error)}") from error
+def _check_config(folder: Path) -> None:
+    config = read_object(folder / "config.json", "model.base")
+    architectures = [str(name) for name in _as_list(config.get("architectures"))]
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise InputError(
             f"model.base: {folder} is a {architectures[0]}, not a causal language model; "
             "name a LLaMA-family model, such as a LlamaForCausalLM."
         )
+    for key, value in config.items():
+        if key in MOST and isinstance(value, int) and value > MOST[key]:
+            raise InputError(f"model.base: {folder}/config.json says {key} {value}; at most {MOST[key]} is possible.")
+        # transformers loads and runs a kernel of the hub that is named so.
+        if key.endswith("_implementation") and "/" in str(value):
+            raise InputError(
+                f"model.base: {folder}/config.json names code of a hub, {key} {value!r}, which is never run; remove it."
+            )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _check_weight_files(folder: Path) -> None:
+    """See that all weights lie in safetensors files of the directory itself."""
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"model.base: {folder} holds no safetensors; weights are never read from pickles (.bin, .pt). "
+            "Convert them once with `save_pretrained` of a transformers that you trust."
+        )
+    named = _as_list(read_object(folder / "config.json", "model.base").get("transformers_weights"))
+    if (folder / INDEX).is_file():
+        parts = read_object(folder / INDEX, "model.base").get("weight_map")
+        named += sorted({str(name) for name in parts.values()}) if isinstance(parts, dict) else [None]
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(
+                f"model.base: {folder} names {name!r} as a file of weights; only .safetensors files beside its "
+                "config.json are read."
+            )
+        if not (folder / name).is_file():
+            raise InputError(f"model.base: {folder} lacks {name}, which {INDEX} names; copy the whole model.")
 
 
 def _hub_snapshot(base: str) -> str:
@@ -171,22 +236,35 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base directory; where none is set, eos serves as padding (masked by length, not by id).
 
     Raises:
-        InputError: No tokenizer there, or one without an end-of-sequence token.
+        InputError: No tokenizer there, one without an end-of-sequence token, or with more tokens than the model.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model.base: no tokenizer could be read from {directory}: {_first_line(error)}") from error
+    except Exception as error:  # whatever transformers and tokenizers stumble over in files that somebody wrote
+        raise InputError(f"model.base: no tokenizer could be read from {directory}: {_one_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"model.base: the tokenizer of {directory} has no end-of-sequence token, so a model would never learn to "
             "stop; set eos_token in its tokenizer_config.json."
         )
+    if (Path(directory) / "config.json").is_file():
+        _check_vocabulary(tokenizer, directory)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
+    """Refuse a token without an embedding: it would end the run at the first text that has it."""
+    embeddings = load_config(directory).get_text_config().vocab_size
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= embeddings:
+        raise InputError(
+            f"model.base: the tokenizer of {directory} has {highest + 1} tokens, its model {embeddings} embeddings, "
+            f"none for {token!r}; take the tokenizer that came with the model, or resize the embeddings and save both."
+        )
 
 
 def load_llama(
@@ -200,15 +278,21 @@ def load_llama(
         attention_name: `auto` for the package's padding-free attention, or a name that transformers knows.
 
     Raises:
-        InputError: Not a causal language model, or an attention that this transformers does not have.
+        InputError: Not a causal language model, not all of its weights, or an attention that this transformers does
+            not have.
     """
-    from safetensors import SafetensorError  # noqa: PLC0415
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: PLC0415
 
     _silence_loading()
     name = attention.register() if attention_name == "auto" else attention_name
+    # transformers takes any other name for a repository of the hub, whose code it would run.
+    if name not in (known := ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]) or "|" in name:
+        choices = ", ".join(["auto", *(choice for choice in known if "|" not in choice and choice != attention.NAME)])
+        raise InputError(f"model.attention: {name!r} is not valid; use one of {choices}.")
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        _check_numbers(Path(directory))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             quantization_config=quantization(quantize, dtype),
@@ -216,14 +300,53 @@ def load_llama(
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told by `_check_complete`, with the name
+            output_loading_info=True,
         )
-    except (ValueError, KeyError, ImportError, OSError, SafetensorError) as error:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers stumbles over in files that somebody wrote
         raise InputError(
-            f"model.base: {directory} cannot be loaded as a causal language model: {_first_line(error)}"
+            f"model.base: {directory} cannot be loaded as a causal language model: {_one_line(error)}"
         ) from error
+    model: PreTrainedModel = loaded[0]
+    _check_complete(directory, loaded[1])
     # NOTE: from_pretrained returns eval mode and Lightning's fit keeps it: no dropout, and no gradient checkpointing.
     model.train()
     return model
+
+
+def _check_numbers(folder: Path) -> None:
+    """Refuse weights that are no floating-point numbers, unless the model is stored quantised."""
+    from safetensors import safe_open  # noqa: PLC0415
+
+    if read_object(folder / "config.json", "model.base").get("quantization_config"):
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # a safetensors file is no dict
+                if (kind := weights.get_slice(name).get_dtype()) not in FLOATS:
+                    raise InputError(f"model.base: {file}: {name} is {kind}; weights are one of {', '.join(FLOATS)}.")
+
+
+def _check_complete(directory: str, found: dict[str, Any]) -> None:
+    """Refuse a model of which transformers has made up weights, or left some out, because the files do not fit.
+
+    Args:
+        found: transformers' account of the loading.
+    """
+    # A layer that config.json does not count; others (old buffers, a head that is tied) are left out rightly.
+    left_out = sorted(name for name in found["unexpected_keys"] if ".layers." in name and "rotary_emb" not in name)
+    if missing := sorted(found["missing_keys"]):
+        fault = f"{len(missing)} weights are missing, such as {missing[0]}"
+    elif found["mismatched_keys"]:
+        name, stored, expected = min(found["mismatched_keys"])
+        fault = f"{name} has the shape {tuple(stored)}, but its config.json makes it {tuple(expected)}"
+    elif left_out:
+        fault = f"its config.json has no place for {left_out[0]}"
+    else:
+        return
+    raise InputError(f"model.base: the weights in {directory} do not fit its config.json: {fault}; copy it anew.")
 
 
 def quantization(quantize: Quantize, dtype: torch.dtype) -> Any:
@@ -252,6 +375,8 @@ def _silence_loading() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _one_line(error: Exception) -> str:
+    """Return what an error of another library says, in a line of sensible length; a bare key says nothing by itself."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    named = type(error).__name__ if not text or isinstance(error, LookupError) else ""
+    return ": ".join(filter(None, [named, text[:300]]))

@@ -7,19 +7,36 @@ al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from lit_tune.errors import InputError
+from lit_tune.modules import load
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+# What is read of an adapter_config.json. PEFT knows more there, some of which imports modules or reads pickles by name.
+READ_KEYS = (
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "bias", "use_rslora", "use_dora"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights"),
+)
+# What says nothing about what the adapter computes; the last three are written where nobody asked for them.
+OTHER_KEYS = (
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
+    *("auto_mapping", "megatron_core", "qalora_group_size"),
+)
+INITS = (True, False, "gaussian", "orthogonal", "pissa")
 
 
 @dataclass
@@ -47,6 +64,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"model.lora.rank is {self.rank}; it must be 1 or more.")
+        if not self.alpha > 0:
+            raise InputError(f"model.lora.alpha is {self.alpha}; it must be more than 0, or the adapters do nothing.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.lora.dropout is {self.dropout}; it must be at least 0 and less than 1.")
         if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
@@ -99,23 +118,102 @@ def load_adapter(model: PreTrainedModel, directory: str) -> PeftModel:
     """Put the adapters of a PEFT `directory` beside `model`, trainable, as fp32 masters.
 
     Raises:
-        InputError: No adapter there, weights that are not safetensors, or shapes of another base model.
+        InputError: No adapter there, weights that are not safetensors, settings that are no plain LoRA's, or an
+            adapter of another base model.
     """
-    from peft import PeftModel  # noqa: PLC0415
-    from safetensors import SafetensorError  # noqa: PLC0415
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: PLC0415
 
     folder = Path(directory)
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"model.adapter: {directory} holds no adapter_config.json; name a PEFT adapter directory.")
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"model.adapter: {directory} holds no {CONFIG_FILE}; name a PEFT adapter directory.")
+    if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(
-            f"model.adapter: {directory} holds no adapter_model.safetensors; only safetensors are read, never pickles."
+            f"model.adapter: {directory} holds no {WEIGHTS_FILE}; only safetensors are read, never pickles."
         )
+    base = str(model.name_or_path)
+    trained_on = ""
     try:
-        return PeftModel.from_pretrained(model, directory, is_trainable=True, local_files_only=True)
-    except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"model.adapter: {directory} does not fit this base model: {first_line}") from error
+        settings = load.read_object(folder / CONFIG_FILE, "model.adapter")
+        trained_on = str(settings.get("base_model_name_or_path") or "")
+        _check_base(trained_on, base)
+        config = _lora_config(settings)
+        tensors = _read_weights(folder / WEIGHTS_FILE, config)
+        adapted: PeftModel = get_peft_model(model, config)
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        if fault := next(_differences(tensors, expected), None):
+            raise InputError(fault)
+        set_peft_model_state_dict(adapted, tensors)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever PEFT stumbles over in files that somebody wrote
+        both = f" {base} (it was trained on {trained_on!r})" if trained_on else ""
+        said = " ".join(str(error).split()).removeprefix("model.adapter: ")
+        raise InputError(f"model.adapter: {directory} does not fit this base model{both}: {said[:300]}") from error
+    return adapted
+
+
+def _check_base(trained_on: str, base: str) -> None:
+    """Refuse an adapter whose own base lies on this machine and is another than `base`."""
+    own = load.local_directory(trained_on)
+    if own is None or not Path(base).is_dir() or load.fingerprint(own) == load.fingerprint(base):
+        return
+    raise InputError(f"that is another model; name it as model.base, or start without model.adapter ({own})")
+
+
+def _lora_config(settings: Mapping[str, Any]) -> Any:
+    """Return PEFT's LoraConfig of the known settings of an `adapter_config.json`; the others must be unset."""
+    from peft import LoraConfig  # noqa: PLC0415
+
+    if settings.get("peft_type") != "LORA":
+        raise InputError(f"its {CONFIG_FILE} has peft_type {settings.get('peft_type')!r}; only LORA can be used")
+    for key, value in settings.items():
+        if value and key not in (*READ_KEYS, *OTHER_KEYS):
+            raise InputError(f"its {CONFIG_FILE} sets {key}, which no plain LoRA needs; set it to null")
+    library = str((settings.get("auto_mapping") or {}).get("parent_library", "transformers"))
+    if library.partition(".")[0] != "transformers":  # here it is ignored; other tools would import it
+        raise InputError(f"its {CONFIG_FILE} names the module {library!r} (auto_mapping), which is no base model's")
+    read = {key: settings[key] for key in READ_KEYS if settings.get(key) is not None}
+    if (how := read.get("init_lora_weights", True)) not in INITS:
+        raise InputError(f"its {CONFIG_FILE} sets init_lora_weights to {how!r}; known are {', '.join(map(str, INITS))}")
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+    ):
+        names = read.get(key) or []
+        for name in [names] if isinstance(names, str) else names:
+            # PEFT takes them as regular expressions, some of which never end.
+            if name != ALL_LINEAR and not re.fullmatch(r"[\w.]+", str(name)):
+                raise InputError(f"its {CONFIG_FILE} has the pattern {name!r} as {key}; list the names of layers")
+    return LoraConfig(task_type="CAUSAL_LM", **read)
+
+
+def _read_weights(path: Path, config: Any) -> dict[str, Tensor]:
+    """Read an adapter's tensors; their ranks must be those of `config`, so that no others are made room for."""
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    tensors = load_file(path)
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
+    said = {config.r, *config.rank_pattern.values()}
+    if not ranks or not ranks <= said:
+        raise InputError(f"its weights have the ranks {sorted(ranks)}, its {CONFIG_FILE} says {sorted(said)}")
+    return tensors
+
+
+def _differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield in which tensors an adapter's file differs from what the model takes."""
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            yield f"it lacks {name}"
+        elif name not in expected:
+            yield f"it holds {name}, for which this model has no place"
+        elif tensors[name].shape != expected[name].shape:
+            yield f"{name} is {tuple(tensors[name].shape)} there and {tuple(expected[name].shape)} here"
+        elif not tensors[name].is_floating_point() or not bool(torch.isfinite(tensors[name]).all()):
+            yield f"{name} holds values that are no finite numbers"
 
 
 def keep_activations_half(model: torch.nn.Module) -> None:

