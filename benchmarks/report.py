@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lit_tune.preview import environment
 
@@ -19,7 +20,8 @@ def header() -> None:
     ).stdout.strip()
     found = environment()
     versions = ("lit-tune", "torch", "lightning", "transformers", "peft", "tokenizers", "python")
-    print(f"command   python {shlex.join(sys.argv)}")
+    program = "-m pytest" if Path(sys.argv[0]).parent.name == "pytest" else shlex.quote(sys.argv[0])
+    print(f"command   python {program} {shlex.join(sys.argv[1:])}".rstrip())
     print(f"commit    {commit or 'unknown'}")
     print(f"versions  {', '.join(f'{name} {found[name]}' for name in versions)}")
     print(f"hardware  {found['cpu']}, {found['memory']}, {found.get('gpu 0', 'no GPU')}\n")

@@ -13,7 +13,8 @@ import lit_tune
 PACKAGE = Path(lit_tune.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-LEAVES = {"errors", "cache", "continuation", "generate", "flops", "memory"}  # anyone may import them; not all of them need exist yet
+# Anyone may import them; not all of them need exist yet.
+LEAVES = {"errors", "cache", "continuation", "generate", "flops", "memory", "signals"}
 
 # A layer, by the first part of its modules' names, and what it may import besides itself.
 LAYERS = {

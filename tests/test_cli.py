@@ -78,6 +78,7 @@ Refusal = Callable[..., str]
         (NonFiniteError("the loss is nan"), 5, "the loss is nan"),
         (Interrupted(signal.SIGINT, "a.ckpt"), 130, "stopped by SIGINT; saved a.ckpt; go on with --ckpt_path last"),
         (Interrupted(signal.SIGTERM, None), 143, "stopped by SIGTERM; nothing was saved"),
+        (Interrupted(signal.SIGTERM, "a.ckpt", "--time-limit"), 143, "stopped by --time-limit; saved a.ckpt; go on"),
     ],
 )
 def test_every_fault_has_its_exit_code(
@@ -202,10 +203,19 @@ def test_a_fault_in_a_config_file_is_told(refusal: Refusal, tmp_path_factory: An
         (["--data.limit", "[0:x]"], "limit '[0:x]' is no range of records"),
         (["--data.limit", "[50:60]"], "selects none of the 19 records"),
         (["--data.max_length", "5"], "all 19 records are longer than max_length 5"),
-        (["--data.over_length", "fail", "--data.max_length", "5"], "record 0 has "),
+        (["--data.over_length", "fail", "--data.max_length", "5"], "records.jsonl:1: the record has "),
         (["--data.global_batch_size", "6", "--data.micro_batch_size", "4"], "data.global_batch_size 6"),
         (["--name", "a/b"], "'a/b' is no plain folder name"),
         (["--trainer.accelerator", "gpu"], "no CUDA GPU is visible"),
+        (["--time-limit", "90"], "--time-limit is '90'; give a length of time such as 90m, 1h30m or 01:30:00."),
+        (
+            ["--allow_changed", "model.learning_rat"],
+            "no setting 'model.learning_rat'. Did you mean 'model.learning_rate'",
+        ),
+        (["--model.skip_nonfinite", "-1"], "model.skip_nonfinite is -1; it must be 0 or more."),
+        (["--checkpoint.every_minutes", "0"], "checkpoint.every_minutes is 0.0; it must be more than 0."),
+        (["--trainer.limit_train_batches", "0.5"], "trainer.limit_train_batches is 0.5: it would cut epochs where no"),
+        (["--trainer.overfit_batches", "1"], "trainer.overfit_batches is 1: it would cut epochs where no checkpoint"),
         (["--ckpt_path", "last"], "no run named lora under runs has an intact checkpoint"),
         (["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
     ],
@@ -454,22 +464,31 @@ def test_two_processes_print_an_error_once(tiny: list[str]) -> None:
     assert list(Path("runs").iterdir()) == []
 
 
-def test_two_processes_train_as_one_does(tiny: list[str]) -> None:
+def test_two_processes_train_as_one_does_and_one_goes_on_where_they_ended(tiny: list[str]) -> None:
     settings = [*tiny, "--data.global_batch_size", "8", "--data.val_fraction", "0.2"]
     settings += ["--model.lora.dropout", "0", "--model.learning_rate", "0.01", "--trainer.max_epochs", "2"]
-    settings += ["--trainer.accelerator", "cpu"]
+    settings += ["--trainer.accelerator", "cpu", "--checkpoint.every_n_steps", "1", "--checkpoint.keep_last", "9"]
     assert lit_tune("fit", *settings, "--name", "one") == 0
     done = process("fit", *settings, "--name", "two", "--trainer.devices", "2", "--data.micro_batch_size", "2")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in Path("runs").iterdir()) == ["one", "two"]
-    one, two = (read_metrics(Path("runs") / name / "metrics.csv") for name in ("one", "two"))
-    assert len(one) == len(two) == 4
-    for column in ("train/loss", "train/epoch_loss", "val/loss"):
-        # fp32 sums over other splits of the same samples
-        expected = [float(row[column]) for row in one if row[column]]
-        assert [float(row[column]) for row in two if row[column]] == pytest.approx(expected, rel=1e-5), column
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
-        path.name for path in Path("runs/two/result").iterdir()
-    }
     for column in ("Epoch 0: average loss", "Run runs/two", "Parameters: "):
         assert done.stdout.count(column) == 1
+    assert_same_curves("two", "one")
+    # The same global batch on one device: 2 x 2 micro-batches of 2 samples become 2 of 4.
+    for step in (1, 2):  # within an epoch, and at its end
+        assert lit_tune("fit", *settings, "--ckpt_path", f"runs/two/checkpoints/step-{step:08d}.ckpt") == 0
+        assert_same_curves("two", "one")
+        assert len(list(Path("runs/two/checkpoints").glob("step-*"))) == 4
+
+
+def assert_same_curves(name: str, reference: str) -> None:
+    """Check a run and its result against one that cut the same steps otherwise."""
+    run, other = (read_metrics(Path("runs") / of / "metrics.csv") for of in (name, reference))
+    assert [row["step"] for row in run] == [row["step"] for row in other] == ["0", "1", "2", "3"]
+    for column in ("train/loss", "train/epoch_loss", "val/loss"):
+        # fp32 sums over other splits of the same samples
+        expected = [float(row[column]) for row in other if row[column]]
+        assert [float(row[column]) for row in run if row[column]] == pytest.approx(expected, rel=1e-5), column
+    files = {path.name for path in (Path("runs") / name / "result").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_tune.errors import SaveError
 from lit_tune.logs import FILE, MetricsCsv, read_metrics
 
 
@@ -114,6 +115,55 @@ def test_a_new_runs_file_has_nothing_of_one_that_lay_there(tmp_path: Path) -> No
     log_run(tmp_path / "again", range(9))
     log_run(tmp_path / "again", range(2))
     assert table(tmp_path / "again") == table(tmp_path / "whole")
+
+
+def test_a_flush_writes_the_row_under_way(tmp_path: Path) -> None:
+    logger = MetricsCsv(tmp_path)
+    logger.flush()  # nothing yet
+    assert list(tmp_path.iterdir()) == []
+    log_steps(logger, range(2))
+    logger.flush()
+    logger.flush()
+    assert [row["step"] for row in read_metrics(tmp_path / FILE)] == ["0", "1"]
+    log_steps(logger, range(2, 9))
+    logger.finalize("success")
+    log_run(tmp_path / "whole", range(9))
+    assert (tmp_path / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
+
+
+def test_what_a_continued_run_adds_to_the_step_before_goes_into_its_row(tmp_path: Path) -> None:
+    log_run(tmp_path / "whole", range(6))
+    logger = MetricsCsv(tmp_path / "parts")
+    log_steps(logger, range(2))
+    logger.log_metrics({"train/loss": 4.0 / 3, "epoch": 0}, 2)  # its validation was put off
+    logger.finalize("failed")
+    logger = MetricsCsv(tmp_path / "parts", first_step=3)
+    logger.log_metrics({"val/loss": 5.0 / 3, "epoch": 0}, 2)
+    log_steps(logger, range(3, 6))
+    logger.finalize("success")
+    assert (tmp_path / "parts" / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
+
+
+def test_a_row_that_was_torn_by_a_kill_does_not_hold(tmp_path: Path) -> None:
+    log_run(tmp_path / "whole", range(9))
+    for keep in range(1, 20):
+        log_run(tmp_path / "parts", range(6))
+        file = tmp_path / "parts" / FILE
+        content = file.read_bytes()
+        torn = content[: -len(content.splitlines(keepends=True)[-1])] + content.splitlines(keepends=True)[-1][:keep]
+        file.write_bytes(torn)
+        log_run(tmp_path / "parts", range(5, 9), first_step=5)
+        assert file.read_bytes() == (tmp_path / "whole" / FILE).read_bytes(), keep
+        file.unlink()
+
+
+def test_a_disk_that_takes_no_more_is_a_fault_of_saving(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv.partial").mkdir()  # so that it cannot be written, even by root
+    logger = MetricsCsv(tmp_path)
+    log_steps(logger, range(1))
+    with pytest.raises(SaveError) as refused:
+        logger.flush()
+    assert str(refused.value) == f"{tmp_path / FILE}: the metrics could not be written (Is a directory)."
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

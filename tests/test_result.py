@@ -19,7 +19,7 @@ from lit_tune.errors import SaveError
 from lit_tune.modules import smollm2
 from lit_tune.modules.llama import LlamaTuner
 from lit_tune.modules.lora import Lora
-from lit_tune.result import save_result
+from lit_tune.result import save_result, steps_of
 from tests.tiny import tiny_sentencepiece_tokenizer, tiny_tokenizer
 from tests.tiny_llama import tiny_base
 from tests.tiny_run import train, write_records
@@ -150,6 +150,22 @@ def test_the_saved_template_trains_as_the_shipped_one_did(base: str, tmp_path: P
     again = InstructData(path=data.path, template=str(result / "prompt_template.jinja"))
     ready, before = again.prepare(module.load_tokenizer), data.prepare(module.load_tokenizer)
     assert content_digest(ready.train) == content_digest(before.train)
+
+
+# The steps behind it --------------------------------------------------------------------------------------------------
+
+
+def test_a_result_knows_its_optimizer_steps(base: str, tmp_path: Path, result: Path) -> None:
+    module, data = trained(base, tmp_path)
+    save_result(module, data, result, precision="32-true")
+    assert steps_of(result) == module.trainer.global_step == 5  # 19 records in steps of 4
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"optimizer_steps": null}', '{"optimizer_steps": "x"}'])
+def test_a_result_without_them_is_none(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    assert steps_of(tmp_path) is None
 
 
 # What must not happen -------------------------------------------------------------------------------------------------

@@ -4,15 +4,22 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
 
-from lit_tune import checkpoint, recipes, run, runs
+from lit_tune import checkpoint, lock, recipes, run, runs
+from lit_tune.callbacks import stop
 from lit_tune.errors import InputError
 from lit_tune.logs import read_metrics
 from lit_tune.modules import smollm2
@@ -77,9 +84,34 @@ def test_a_fresh_name_takes_the_first_free_number(tmp_path: Path) -> None:
     assert runs.fresh_name(tmp_path, "a") == "a-3"
 
 
+def test_every_run_gets_a_directory_of_its_own(tmp_path: Path) -> None:
+    made = [runs.make_directory(tmp_path / "runs", "a") for _ in range(3)]
+    assert made == [tmp_path / "runs" / name for name in ("a", "a-2", "a-3")]
+    assert all(path.is_dir() for path in made)
+
+
+def test_of_two_runs_that_start_at_once_each_gets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter(["a", "a-2"])  # free as it was looked up, then taken by the other
+
+    def look_up(root: Path, name: str) -> str:
+        free = next(names)
+        (root / "a").mkdir(exist_ok=True)
+        return free
+
+    monkeypatch.setattr(runs, "fresh_name", look_up)
+    assert runs.make_directory(tmp_path, "a") == tmp_path / "a-2"
+
+
+def test_a_file_in_the_place_of_the_runs_is_told(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(InputError, match=r"runs/a: the run's directory cannot be made \(Not a directory\)"):
+        runs.make_directory(tmp_path / "runs", "a")
+
+
 def test_the_last_checkpoint_is_the_newest_intact_one_of_the_newest_run_that_has_any(tmp_path: Path) -> None:
     def save(name: str, step: int) -> Path:
         path = checkpoint.step_path(tmp_path / name, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write({"global_step": step}, path)
         return path
 
@@ -164,7 +196,7 @@ def test_a_run_leaves_its_settings_metrics_checkpoints_and_result(
     assert lit_tune("fit", *tiny, "--data.val_fraction", "0.2") == 0
     home = Path("runs/lora")
     found = {path.name.split(".")[0] if "tfevents" in path.name else path.name for path in home.iterdir()}
-    assert found == {"config.yaml", "metrics.csv", "events", "hparams.yaml", "checkpoints", "result"}
+    assert found == {"config.yaml", "metrics.csv", "events", "hparams.yaml", "checkpoints", "result", ".lock"}
     assert sorted(path.name for path in (home / "checkpoints").iterdir()) == ["best.ckpt", "step-00000008.ckpt"]
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "prompt_template.jinja"} <= {
         path.name for path in (home / "result").iterdir()
@@ -188,6 +220,25 @@ def test_a_run_leaves_its_settings_metrics_checkpoints_and_result(
     assert "Epoch 0: average loss " in said
     assert "Epoch 1: average loss " in said
     assert "tensorboard --logdir runs" in said
+
+
+def scalars(name: str, tag: str) -> list[tuple[int, float]]:
+    """Return the points of a curve as TensorBoard shows it."""
+    events = EventAccumulator(str(Path("runs") / name)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_the_last_row_has_all_of_the_last_step_and_the_final_figures_are_apart(tiny: list[str]) -> None:
+    assert lit_tune("fit", *tiny, "--data.val_fraction", "0.2") == 0
+    rows = read_metrics(Path("runs/lora/metrics.csv"))
+    for column in ("train/loss", "train/grad_norm", "train/epoch_loss", "val/loss", "val/perplexity"):
+        assert rows[-1][column], column
+    assert not any(name.startswith("final/") for name in rows[-1])
+    for final, column in (("final/train_epoch_loss", "train/epoch_loss"), ("final/val_loss", "val/loss")):
+        ((step, value),) = scalars("lora", final)
+        assert step == len(rows) - 1
+        assert value == pytest.approx(float(rows[-1][column]), rel=1e-6)
+        assert len(scalars("lora", column)) == EPOCHS
 
 
 def test_the_average_loss_of_an_epoch_is_that_of_its_tokens(tiny: list[str]) -> None:
@@ -271,13 +322,30 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signal
     monkeypatch.setattr(LlamaTuner, "training_step", interrupted)
 
 
+TIMED = ("throughput/", "memory/")  # columns that no two runs have alike
+
+
+def table(name: str) -> list[dict[str, str]]:
+    """Return the rows of a run, without what depends on time."""
+    rows = read_metrics(Path("runs") / name / "metrics.csv")
+    return [{column: value for column, value in row.items() if not column.startswith(TIMED)} for row in rows]
+
+
+def assert_as_uninterrupted(parts: str, whole: str) -> None:
+    assert table(parts) == table(whole)
+    assert weights(parts) == weights(whole)
+    for tag in ("train/loss", "val/loss", "train/epoch_loss"):
+        assert scalars(parts, tag) == scalars(whole, tag), tag
+
+
 @pytest.mark.parametrize(
-    ("number", "step"),
+    ("number", "step", "validation", "due"),
     [
-        pytest.param(signal.SIGINT, 1, id="SIGINT-midst"),
-        pytest.param(signal.SIGTERM, 1, id="SIGTERM-midst"),
-        pytest.param(signal.SIGTERM, STEPS - 1, id="SIGTERM-end-of-epoch"),
-        pytest.param(signal.SIGTERM, STEPS, id="SIGTERM-begin-of-epoch"),
+        pytest.param(signal.SIGINT, 1, [], False, id="SIGINT-midst"),
+        pytest.param(signal.SIGTERM, 1, ["--trainer.val_check_interval", "2"], True, id="SIGTERM-validation-in-midst"),
+        pytest.param(signal.SIGTERM, STEPS - 1, [], True, id="SIGTERM-end-of-epoch"),
+        pytest.param(signal.SIGTERM, STEPS, [], False, id="SIGTERM-begin-of-epoch"),
+        pytest.param(signal.SIGTERM, EPOCHS * STEPS - 1, [], True, id="SIGTERM-end-of-run"),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
@@ -286,24 +354,83 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     capsys: pytest.CaptureFixture[str],
     number: signal.Signals,
     step: int,
+    validation: list[str],
+    due: bool,
 ) -> None:
-    settings = [*tiny, "--data.val_fraction", "0.05"]
+    settings = [*tiny, "--data.val_fraction", "0.05", *validation]
     assert lit_tune("fit", *settings, "--name", "whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, step, number)
         assert lit_tune("fit", *settings, "--name", "parts") == 128 + number
     told = capsys.readouterr().err
-    assert told.startswith(f"lit-tune: stopped by {number.name}; saved runs/parts/checkpoints/step-")
-    assert told.endswith("; go on with --ckpt_path last\n")
+    assert told == (
+        f"lit-tune: stopped by {number.name}; saved runs/parts/checkpoints/step-{step + 1:08d}.ckpt; go on with "
+        "--ckpt_path last\n"
+    )
+    assert checkpoint.read(checkpoint.step_path(Path("runs/parts"), step + 1))["validation_due"] is due
     assert not Path("runs/parts/result").exists()
     assert lit_tune("fit", *settings, "--name", "parts", "--ckpt_path", "last") == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == ["parts", "whole"]
-    assert losses("parts") == losses("whole")
-    assert weights("parts") == weights("whole")
-    for column in ("train/epoch_loss", "val/loss", "train/learning_rate", "train/grad_norm"):
-        assert [row[column] for row in read_metrics(Path("runs/parts/metrics.csv"))] == [
-            row[column] for row in read_metrics(Path("runs/whole/metrics.csv"))
-        ], column
+    assert_as_uninterrupted("parts", "whole")
+
+
+def test_stopped_again_and_again_at_an_epochs_end_it_goes_on_all_the_same(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*tiny, "--data.val_fraction", "0.05"]
+    assert lit_tune("fit", *settings, "--name", "whole") == 0
+    settings += ["--name", "parts"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, STEPS - 1, signal.SIGTERM)
+        assert lit_tune("fit", *settings) == 143  # the validation is due
+    with monkeypatch.context() as patch:
+        stop_in_validation(patch)
+        assert lit_tune("fit", *settings, "--ckpt_path", "last") == 143  # and is done as the signal comes
+    with monkeypatch.context() as patch:
+        stop_after(patch, STEPS, signal.SIGTERM)
+        assert lit_tune("fit", *settings, "--ckpt_path", "last") == 143
+    assert lit_tune("fit", *settings, "--ckpt_path", "last") == 0
+    assert_as_uninterrupted("parts", "whole")
+
+
+def stop_in_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SIGTERM reach this process as it is done with a validation."""
+    log: Callable[..., None] = LlamaTuner.on_validation_epoch_end
+
+    def interrupted(module: LlamaTuner) -> None:
+        log(module)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LlamaTuner, "on_validation_epoch_end", interrupted)
+
+
+@pytest.mark.parametrize("batch", [("2", "2"), ("1", "4")])
+def test_a_run_goes_on_in_another_cut_of_its_global_batch(tiny: list[str], batch: tuple[str, str]) -> None:
+    settings = [*tiny, "--model.lora.dropout", "0", "--data.val_fraction", "0.05"]
+    assert lit_tune("fit", *settings, "--name", "whole") == 0
+    assert (
+        lit_tune("fit", *settings, "--name", "parts", "--checkpoint.every_n_steps=1", "--checkpoint.keep_last=9") == 0
+    )
+    samples, accumulate = batch
+    settings += ["--data.micro_batch_size", samples, "--trainer.accumulate_grad_batches", accumulate]
+    assert lit_tune("fit", *settings, "--ckpt_path", "runs/parts/checkpoints/step-00000003.ckpt") == 0
+    assert [int(row["step"]) for row in table("parts")] == list(range(EPOCHS * STEPS))
+    for column in ("train/loss", "val/loss", "train/epoch_loss"):
+        expected = [float(row[column]) for row in table("whole") if row[column]]
+        # fp32 sums in another order; Adam makes of them what it may at a rate as high as this one.
+        assert [float(row[column]) for row in table("parts") if row[column]] == pytest.approx(expected, rel=1e-4)
+    assert table("parts")[:3] == table("whole")[:3]
+
+
+def test_saved_in_the_background_a_run_goes_on_the_same(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [*tiny, "--data.val_fraction", "0.05"]
+    assert lit_tune("fit", *settings, "--name", "whole") == 0
+    settings += ["--name", "parts", "--checkpoint.asynchronous", "true", "--checkpoint.every_n_steps", "1"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, STEPS, signal.SIGTERM)
+        assert lit_tune("fit", *settings) == 143
+    assert lit_tune("fit", *settings, "--ckpt_path", "last") == 0
+    assert_as_uninterrupted("parts", "whole")
 
 
 def test_a_signal_during_the_last_step_comes_too_late(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,19 +467,182 @@ def test_a_checkpoint_that_is_not_there_is_no_fresh_start(tiny: list[str], capsy
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(
-    "change", [("--data.limit", "[0:12]"), ("--seed_everything", "1"), ("--model.lora.rank", "8")], ids=lambda c: c[0]
-)
-def test_going_on_with_other_data_or_adapters_is_refused_and_changes_nothing(
-    tiny: list[str], capsys: pytest.CaptureFixture[str], change: tuple[str, str]
+@pytest.mark.parametrize("lost", ["result", "result/run.json"])
+def test_a_finished_run_whose_result_is_missing_gets_it(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], lost: str
 ) -> None:
     assert lit_tune("fit", *tiny) == 0
-    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    # More steps than done, with any number of records.
-    assert lit_tune("fit", *tiny, "--trainer.max_epochs", "9", "--ckpt_path", "last", *change) == 2
-    assert "the checkpoint was made with " in capsys.readouterr().err
-    changed = [path for path, content in before.items() if path.read_bytes() != content]
-    assert changed == []
+    home = Path("runs/lora")
+    before, rows = weights("lora"), (home / "metrics.csv").read_bytes()
+    (home / lost).rename("lost")
+    assert lit_tune("fit", *tiny, "--ckpt_path", "last") == 0
+    assert weights("lora") == before
+    assert (home / "metrics.csv").read_bytes() == rows
+    assert json.loads((home / "result/run.json").read_text()) == {"optimizer_steps": EPOCHS * STEPS}
+    assert "is finished" not in capsys.readouterr().out
+    assert lit_tune("fit", *tiny, "--ckpt_path", "last") == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_result_of_fewer_steps_is_not_that_of_a_run_that_went_on(tiny: list[str]) -> None:
+    assert lit_tune("fit", *tiny) == 0
+    longer = [*tiny, "--trainer.max_epochs", str(EPOCHS + 1), "--ckpt_path", "last"]
+    Path("runs/lora/result").rename("first")
+    assert lit_tune("fit", *longer) == 0
+    after = weights("lora")
+    Path("runs/lora/result").rename("second")
+    Path("first").rename("runs/lora/result")  # as if the process had been killed before the result was written
+    assert lit_tune("fit", *longer) == 0
+    assert weights("lora") == after
+
+
+# What may not change --------------------------------------------------------------------------------------------------
+
+
+def files_under(directory: str) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "takeable"),
+    [
+        (["--data.limit", "[0:12]"], "data.limit", True),
+        (["--data.path", "other.jsonl"], "data.path", True),
+        (["--data.template", "alpaca"], "data.template", True),
+        (["--data.max_length", "300"], "data.max_length", True),
+        (["--data.micro_batch_size", "3"], "data.global_batch_size", True),
+        (["--seed_everything", "1"], "seed_everything", True),
+        (["--model.learning_rate", "0.001"], "model.learning_rate", True),
+        (["--trainer.gradient_clip_algorithm", "value"], "trainer.gradient_clip_algorithm", True),
+        (["--model.base", "other"], "model.base", True),
+        (["--model.lora.rank", "8"], "model.lora.rank", False),
+        (["--model.method", "fft"], "model.method", False),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_going_on_with_another_setting_is_refused_and_changes_nothing_or_taken_by_the_flag(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], change: list[str], name: str, takeable: bool
+) -> None:
+    tiny_base(Path("other"), seed=1)
+    write_records(Path("other.jsonl"), 18)
+    assert lit_tune("fit", *tiny, "--trainer.max_steps", "3") == 0
+    before = files_under("runs")
+    settings = [*tiny, "--name", "lora", "--ckpt_path", "last", *change]
+    assert lit_tune("fit", *settings) == 2
+    told = capsys.readouterr().err
+    assert f"{name}: the checkpoint was made with " in told
+    assert told.count("\n") == 1
+    left = files_under("runs")
+    assert {path: content for path, content in left.items() if path in before and path.name != ".lock"} == {
+        path: content for path, content in before.items() if path.name != ".lock"
+    }
+    assert lit_tune("fit", *settings, "--allow_changed", name) == (0 if takeable else 2)
+    assert Path("runs/lora/checkpoints/step-00000003.ckpt").exists() is not takeable
+
+
+def test_a_learning_rate_that_is_taken_really_holds(tiny: list[str]) -> None:
+    settings = [*tiny, "--model.schedule", "constant", "--model.warmup", "0"]
+    assert lit_tune("fit", *settings, "--trainer.max_steps", "3") == 0
+    settings += ["--model.learning_rate", "0.001", "--ckpt_path", "last", "--allow_changed", "model.learning_rate"]
+    assert lit_tune("fit", *settings) == 0
+    rates = [float(row["train/learning_rate"]) for row in table("lora")]
+    assert rates == pytest.approx([0.01] * 3 + [0.001] * (EPOCHS * STEPS - 3), rel=1e-6)
+
+
+def test_every_setting_that_is_compared_is_one_of_the_commands(tiny: list[str]) -> None:
+    assert lit_tune("fit", *tiny, "--trainer.max_steps", "1") == 0
+    saved = checkpoint.read(checkpoint.step_path(Path("runs/lora"), 1))
+    compared = [*saved["lit_tune"]["settings"], *saved["InstructData"]["settings"]]
+    known = run.build(tiny, description="").settings.as_flat().__dict__
+    assert [name for name in compared if name not in known] == []
+
+
+# One run at a time ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_is_refused_where_another_is_at_work(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lit_tune("fit", *tiny) == 0
+    longer = [*tiny, "--trainer.max_epochs", str(EPOCHS + 1)]
+    before = files_under("runs")
+    with lock.hold(Path("runs/lora")):
+        assert lit_tune("fit", *longer, "--ckpt_path", "last") == 2
+        assert "lit-tune: runs/lora: another run is at work there (process " in capsys.readouterr().err
+        assert {path: content for path, content in files_under("runs").items() if path.name != ".lock"} == {
+            path: content for path, content in before.items() if path.name != ".lock"
+        }
+        assert lit_tune("fit", *tiny) == 0  # a new run has a directory of its own
+        path = "runs/lora/checkpoints/step-00000010.ckpt"
+        assert lit_tune("predict", *tiny, "--ckpt_path", path) == 0  # and reading is free
+    assert lit_tune("fit", *longer, "--ckpt_path", path) == 0
+
+
+@pytest.mark.parametrize("ends", ["well", "by a fault", "by a signal"])
+def test_a_run_holds_its_directory_as_long_as_it_is_at_work(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    refused: list[str] = []
+    training_step: Callable[..., Any] = LlamaTuner.training_step
+
+    def step(module: LlamaTuner, batch: dict[str, Any], batch_idx: int) -> Any:
+        with pytest.raises(InputError) as refusal:
+            lock.hold(Path("runs/lora"))
+        refused.append(str(refusal.value))
+        if ends == "by a fault" and batch["step"] == 2:
+            raise InputError("enough")
+        if ends == "by a signal" and batch["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(module, batch, batch_idx)
+
+    monkeypatch.setattr(LlamaTuner, "training_step", step)
+    assert lit_tune("fit", *tiny) == {"well": 0, "by a fault": 2, "by a signal": 143}[ends]
+    assert len(refused) == (EPOCHS * STEPS if ends == "well" else 3)
+    lock.hold(Path("runs/lora")).close()
+
+
+# Before the time is up ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_stops_before_its_time_is_up_and_goes_on(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late: list[float] = []  # an hour from the third step on
+    training_step: Callable[..., Any] = LlamaTuner.training_step
+
+    def step(module: LlamaTuner, batch: dict[str, Any], batch_idx: int) -> Any:
+        late[:] = [3600.0] if batch["step"] == 2 else []
+        return training_step(module, batch, batch_idx)
+
+    settings = [*tiny, "--data.val_fraction", "0.05"]
+    assert lit_tune("fit", *settings, "--name", "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaTuner, "training_step", step)
+        # Not the process' beginning, which is that of all these tests.
+        patch.setattr(psutil.Process, "create_time", lambda process: time.time())
+        patch.setattr(stop, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + sum(late)))
+        assert lit_tune("fit", *settings, "--name", "parts", "--time-limit", "1h") == 143
+    assert capsys.readouterr().err == (
+        "lit-tune: stopped by --time-limit; saved runs/parts/checkpoints/step-00000003.ckpt; go on with "
+        "--ckpt_path last\n"
+    )
+    assert lit_tune("fit", *settings, "--name", "parts", "--ckpt_path", "last") == 0
+    assert_as_uninterrupted("parts", "whole")
+
+
+def test_a_time_that_is_up_before_the_first_step_ends_the_run_with_nothing_saved(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lit_tune("fit", *tiny, "--time-limit", "1s") == 143  # this process has begun longer ago
+    assert capsys.readouterr().err == "lit-tune: stopped by --time-limit; nothing was saved\n"
+    assert list(Path("runs").rglob("*.ckpt")) == []
+
+
+@pytest.mark.parametrize("spelt", ["--time-limit=90m", "--time_limit=90m"])
+def test_the_time_limit_is_spelt_either_way(tiny: list[str], spelt: str) -> None:
+    built = run.build([*tiny, spelt], description="")
+    assert built.settings["time_limit"] == "90m"
+    assert built._time_limit_s == 5400
 
 
 # Failing --------------------------------------------------------------------------------------------------------------
@@ -374,6 +664,43 @@ def test_a_loss_that_is_not_finite_ends_with_code_5_and_without_result(
     assert lit_tune("fit", *tiny) == 5
     assert "the loss of optimizer step 0 is nan" in capsys.readouterr().err
     assert not Path("runs/lora/result").exists()
+
+
+def test_a_loss_that_is_not_finite_later_on_leaves_the_last_good_checkpoint(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lit_tune("fit", *tiny, "--name", "whole") == 0
+    with monkeypatch.context() as patch:
+        poison(patch, STEPS + 1)
+        assert lit_tune("fit", *tiny, "--name", "parts") == 5
+    assert re.match(
+        rf"lit-tune: the loss of optimizer step {STEPS + 1} is nan \(records [\d, ]+, counted from 0\); the weights "
+        "were not updated with it. Lower model.learning_rate ",
+        capsys.readouterr().err,
+    )
+    assert [path.name for path in Path("runs/parts/checkpoints").iterdir()] == [f"step-{STEPS:08d}.ckpt"]
+    assert lit_tune("fit", *tiny, "--name", "parts", "--ckpt_path", "last") == 0
+    assert table("parts") == table("whole")
+
+
+def test_steps_that_are_not_finite_may_be_skipped(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, STEPS + 1)
+    assert lit_tune("fit", *tiny, "--model.skip_nonfinite", "1") == 0
+    rows = table("lora")
+    assert [float(row["train/skipped_steps"]) for row in rows] == [0.0] * (STEPS + 1) + [1.0] * (STEPS - 1)
+    assert [row["step"] for row in rows if row["train/loss"] == "nan"] == [str(STEPS + 1)]
+    assert all(float(row["train/epoch_loss"]) > 0 for row in rows if row["train/epoch_loss"])
+    assert weights("lora")  # the result holds numbers, or it would not have been written
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make the loss of an optimizer step NaN."""
+    nll: Callable[..., Any] = LlamaTuner.nll
+
+    def poisoned(module: LlamaTuner, batch: dict[str, Any]) -> Any:
+        return nll(module, batch) * (float("nan") if batch.get("step") == step else 1.0)
+
+    monkeypatch.setattr(LlamaTuner, "nll", poisoned)
 
 
 # The other commands ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_tune import cli
+from lit_tune.callbacks.checkpoint import Checkpoint
+from lit_tune.callbacks.continuation import Continuation
 from lit_tune.checkpoint import AtomicCheckpointIO
 from lit_tune.data.instruct import InstructData
 from lit_tune.modules.llama import LlamaTuner
@@ -86,6 +88,14 @@ def make_trainer(callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer
         "plugins": [AtomicCheckpointIO()],
     }
     return Trainer(callbacks=list(callbacks), **(defaults | settings))
+
+
+def saving(run: Path, data: InstructData, *, every_n_steps: int = 1) -> list[Callback]:
+    """Return the callbacks that save the checkpoints of a run in its directory and let it go on from any of them."""
+    run.mkdir(exist_ok=True)
+    checkpoint = Checkpoint(every_n_steps=every_n_steps, keep_last=99)
+    checkpoint.bind(run)
+    return [checkpoint, Continuation(data.place_after)]
 
 
 def train(

@@ -1,6 +1,6 @@
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lit_tune.callbacks.checkpoint import Checkpoint, check_space, checkpoint_bytes, link, prune
+from lit_tune.callbacks.checkpoint import Checkpoint, check_space, checkpoint_bytes, link, prune, settle
 from lit_tune.checkpoint import AtomicCheckpointIO, is_intact, read, step_checkpoints, step_path, write
-from lit_tune.errors import InputError
+from lit_tune.errors import InputError, SaveError
+from lit_tune.logs import read_metrics
 
-from .tiny import Batch, FakeClock, TinyLoader, TinyModule, make_trainer
+from .tiny import Batch, FakeClock, TinyLoader, TinyModule, fit, held_out, make_trainer
 
 GIB = 1024**3
 
@@ -36,26 +37,13 @@ class ScriptedModule(TinyModule):
         self.validations += 1
 
 
-def fit(
-    run: Path,
-    checkpoint: Checkpoint,
-    *others: Callback,
-    module: TinyModule | None = None,
-    lengths: Sequence[int] = (8, 8, 8, 8, 8),
-    accumulate: int = 1,
-    ckpt_path: Path | None = None,
-    **settings: Any,
-) -> Trainer:
-    """Train a tiny module, with checkpoints in `run`."""
-    run.mkdir(exist_ok=True)
-    checkpoint.bind(run)
-    trainer = make_trainer(
-        run, [*others, checkpoint], accumulate_grad_batches=accumulate, plugins=[AtomicCheckpointIO()], **settings
-    )
-    module = module or TinyModule()
-    val_loader = TinyLoader([6]) if isinstance(module, ScriptedModule) else None
-    trainer.fit(module, TinyLoader(lengths, accumulate=accumulate), val_loader, ckpt_path=ckpt_path)
-    return trainer
+def fit_scripted(
+    run: Path, checkpoint: Checkpoint, *callbacks: Callback, script: Sequence[float], **settings: Any
+) -> None:
+    """Train with validations that give the losses of `script`."""
+    module = ScriptedModule(script)
+    fit(run, checkpoint, *callbacks, module=module, val_loader=held_out(6), **settings)
+    assert module.validations == len(script)
 
 
 def saved_steps(run: Path) -> list[int]:
@@ -93,25 +81,75 @@ def test_checkpoints_are_saved_at_optimizer_steps_and_epoch_ends(
     assert checkpoint.newest == step_path(run, steps[-1])
 
 
+class OnSave(Callback):
+    """Note at every save what the run has done so far."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.seen: list[tuple[int, int, int, bool]] = []  # step, validations, rows on disk, an epoch that has ended
+        self.validations = 0
+        self.epochs = 0
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validations += 1
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epochs += 1
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        rows = read_metrics(self.run / "metrics.csv")
+        self.seen.append((checkpoint["global_step"], self.validations, len(rows), self.epochs > 0))
+
+
+def test_a_checkpoint_is_saved_when_row_validation_and_epoch_of_its_step_are_over(run: Path) -> None:
+    on_save = OnSave(run)
+    fit(run, Checkpoint(every_n_steps=1), on_save, val_loader=held_out(6), max_epochs=2, lengths=[8] * 4)
+    assert on_save.seen[:4] == [(1, 0, 1, False), (2, 0, 2, False), (3, 0, 3, False), (4, 1, 4, True)]
+    assert on_save.seen[-1] == (8, 2, 8, True)
+    assert [row["step"] for row in read_metrics(run / "metrics.csv") if row["val/loss"]] == ["3", "7"]
+
+
 def test_a_run_that_ends_within_an_epoch_is_saved_at_its_end(run: Path) -> None:
     fit(run, Checkpoint(), max_epochs=2, max_steps=7)
     assert saved_steps(run) == [7]
 
 
-def test_checkpoints_are_saved_after_minutes(run: Path) -> None:
-    class MinutePerStep(Callback):
-        @override
-        def on_train_batch_start(
-            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-        ) -> None:
-            clock.now += 60
+class MinutePerStep(Callback):
+    """Lets a minute pass in every step."""
 
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.clock.now += 60
+
+
+def test_checkpoints_are_saved_after_minutes(run: Path) -> None:
     clock = FakeClock()
     checkpoint = Checkpoint(every_minutes=2, keep_last=99)
     checkpoint.clock = clock
-    fit(run, checkpoint, MinutePerStep(), lengths=[8] * 7, max_epochs=2)
+    fit(run, checkpoint, MinutePerStep(clock), lengths=[8] * 7, max_epochs=2)
     # The clock starts anew at every save, that of the epoch's end included.
     assert saved_steps(run) == [2, 4, 6, 7, 9, 11, 13, 14]
+
+
+def test_the_longest_save_is_known(run: Path) -> None:
+    class SlowSave(Callback):
+        @override
+        def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+            clock.now += next(seconds)
+
+    clock, seconds = FakeClock(), iter([3.0, 7.0, 5.0])
+    checkpoint = Checkpoint(every_n_steps=1)
+    checkpoint.clock = clock
+    fit(run, checkpoint, SlowSave(), lengths=[8] * 3)
+    assert checkpoint.longest_save_s == 7.0
 
 
 def test_without_a_run_directory_nothing_is_saved(tmp_path: Path) -> None:
@@ -123,22 +161,118 @@ def test_without_a_run_directory_nothing_is_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("setting", "value", "least"), [("every_n_steps", -1, 0), ("keep_last", 0, 1)])
-def test_settings_without_a_meaning_are_refused(setting: str, value: int, least: int) -> None:
+@pytest.mark.parametrize(
+    ("setting", "value", "least"),
+    [
+        ("every_n_steps", -1, "0 or more"),
+        ("keep_last", 0, "1 or more"),
+        ("every_minutes", 0, "more than 0"),
+        ("every_minutes", -0.5, "more than 0"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(setting: str, value: float, least: str) -> None:
     settings: dict[str, Any] = {setting: value}
-    with pytest.raises(InputError, match=f"^checkpoint.{setting} is {value}; it must be {least} or more.$"):
+    with pytest.raises(InputError, match=f"^checkpoint.{setting} is {value}; it must be {least}.$"):
         Checkpoint(**settings)
 
 
-def test_an_epochs_last_step_is_not_saved_before_its_validation(run: Path) -> None:
+def test_a_step_is_not_saved_before_its_validation(run: Path) -> None:
     class Broken(Callback):
         @override
         def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        fit(run, Checkpoint(every_n_steps=1), Broken(), module=ScriptedModule([1.0]))
+        fit(run, Checkpoint(every_n_steps=1), Broken(), val_loader=held_out(6))
     assert saved_steps(run) == [4]
+
+
+def test_a_step_is_saved_once(run: Path) -> None:
+    on_save = OnSave(run)
+    # Due at the epoch's end by its number, because the epoch is over, and because the run is.
+    fit(run, Checkpoint(every_n_steps=5), on_save, val_loader=held_out(6))
+    assert [step for step, *_ in on_save.seen] == [5]
+
+
+def test_what_a_run_goes_on_from_is_not_saved_again(run: Path) -> None:
+    fit(run, Checkpoint(), max_epochs=1)
+    on_save = OnSave(run)
+    fit(run, Checkpoint(every_n_steps=5), on_save, max_epochs=2, ckpt_path=step_path(run, 5))
+    assert [step for step, *_ in on_save.seen] == [10]
+
+
+def test_a_checkpoint_says_whether_a_validation_is_due(run: Path) -> None:
+    fit(run, Checkpoint())
+    assert read(step_path(run, 5))["validation_due"] is False
+    # As it stops for a signal: Lightning is about to validate.
+    checkpoint = Checkpoint()
+    checkpoint.bind(run)
+    trainer: Any = SimpleNamespace(global_step=6, save_checkpoint=lambda path, storage_options: saved.append(said()))
+    module: Any = None
+
+    def said() -> bool:
+        content: dict[str, Any] = {}
+        checkpoint.on_save_checkpoint(trainer, module, content)
+        due: bool = content["validation_due"]
+        return due
+
+    saved: list[bool] = []
+    checkpoint.save(trainer, validation_due=True)
+    trainer.global_step = 7
+    checkpoint.save(trainer)
+    assert saved == [True, False]
+
+
+def test_the_logs_are_written_out_before_a_checkpoint(run: Path) -> None:
+    done: list[str] = []
+    checkpoint = Checkpoint()
+    checkpoint.bind(run, flush_logs=lambda: done.append("flush"))
+    trainer: Any = SimpleNamespace(global_step=1, save_checkpoint=lambda *_, **__: done.append("save"))
+    checkpoint.save(trainer)
+    assert done == ["flush", "save"]
+
+
+# In the background ----------------------------------------------------------------------------------------------------
+
+
+def test_saved_in_the_background_checkpoints_are_the_same(run: Path, tmp_path: Path) -> None:
+    plain, behind = tmp_path / "plain", tmp_path / "behind"
+    for directory, asynchronous in ((plain, False), (behind, True)):
+        writer = AtomicCheckpointIO(asynchronous=asynchronous)
+        checkpoint = Checkpoint(every_n_steps=1, keep_last=3, asynchronous=asynchronous)
+        fit(directory, checkpoint, val_loader=held_out(6), max_epochs=2, plugins=[writer])
+    assert saved_steps(behind) == saved_steps(plain) == [8, 9, 10]
+    assert best_step(behind) == best_step(plain)
+    for step in (8, 9, 10):
+        one, other = (read(step_path(directory, step))["state_dict"] for directory in (plain, behind))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_does_not_end_before_the_last_save_is_on_the_disk(run: Path) -> None:
+    class Noting(AtomicCheckpointIO):
+        @override
+        def wait(self) -> None:
+            super().wait()
+            done.append("waited")
+
+    class End(Callback):
+        @override
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            done.append("ended")
+
+    done: list[str] = []
+    fit(run, Checkpoint(asynchronous=True), End(), plugins=[Noting(asynchronous=True)])
+    assert done[:3] == ["waited", "waited", "ended"]  # for an earlier save, for this one
+
+
+def test_the_fault_of_the_last_save_in_the_background_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SaveError("the disk is full")
+
+    monkeypatch.setattr("lit_tune.checkpoint.write", full)
+    writer = AtomicCheckpointIO(asynchronous=True)
+    with pytest.raises(SaveError, match="the disk is full"):
+        fit(run, Checkpoint(asynchronous=True), plugins=[writer])
 
 
 # Which are kept -------------------------------------------------------------------------------------------------------
@@ -158,6 +292,7 @@ def test_a_continued_runs_own_older_checkpoints_are_removed_too(run: Path) -> No
 
 
 def test_pruning_leaves_all_that_is_not_its_own(run: Path) -> None:
+    (run / "checkpoints").mkdir(parents=True)
     for step in (1, 2, 30):
         write({"step": step}, step_path(run, step))
     folder = run / "checkpoints"
@@ -166,6 +301,25 @@ def test_pruning_leaves_all_that_is_not_its_own(run: Path) -> None:
     prune(run, keep_last=2)
     left = {path.name for path in folder.iterdir()}
     assert left == {"step-00000002.ckpt", "step-00000030.ckpt", "best.ckpt", "mine.ckpt", "step-mine.ckpt"}
+
+
+def test_settled_a_checkpoint_is_the_best_if_it_improved_and_older_ones_are_gone(run: Path) -> None:
+    (run / "checkpoints").mkdir(parents=True)
+    for step in (1, 2, 3):
+        write({"global_step": step}, step_path(run, step))
+        settle(step_path(run, step), improved=step == 2, keep_last=1)
+        assert saved_steps(run) == [step]
+    assert best_step(run) == 2
+
+
+def test_settled_a_checkpoint_is_the_newest_of_its_run(run: Path) -> None:
+    (run / "checkpoints").mkdir(parents=True)
+    for step in (1, 2, 4, 9):
+        write({"global_step": step}, step_path(run, step))
+    settle(step_path(run, 2), improved=False, keep_last=9)  # the run went on from step 1
+    assert saved_steps(run) == [1, 2]
+    settle(step_path(run, 2), improved=False, keep_last=1)
+    assert saved_steps(run) == [2]
 
 
 # The best -------------------------------------------------------------------------------------------------------------
@@ -184,7 +338,7 @@ def best_step(run: Path) -> int:
 )
 def test_the_best_is_that_of_the_lowest_validation_loss(run: Path, val_losses: list[float], best: int) -> None:
     checkpoint = Checkpoint()
-    fit(run, checkpoint, module=ScriptedModule(val_losses), max_epochs=3)
+    fit_scripted(run, checkpoint, script=val_losses, max_epochs=3)
     assert saved_steps(run) == [15]
     if best:
         assert best_step(run) == best
@@ -194,9 +348,7 @@ def test_the_best_is_that_of_the_lowest_validation_loss(run: Path, val_losses: l
 
 
 def test_a_validation_within_an_epoch_can_be_the_best(run: Path) -> None:
-    module = ScriptedModule([3.0, 1.0, 2.0])
-    fit(run, Checkpoint(), module=module, lengths=[8] * 6, val_check_interval=2)
-    assert module.validations == 3
+    fit_scripted(run, Checkpoint(), script=[3.0, 1.0, 2.0], lengths=[8] * 6, val_check_interval=2)
     assert best_step(run) == 4
     assert saved_steps(run) == [6]
 
@@ -208,24 +360,23 @@ def test_a_validation_before_training_is_never_the_best(run: Path) -> None:
             found.extend(run.rglob("*.ckpt"))
 
     found: list[Path] = []
-    fit(run, Checkpoint(), Files(), module=ScriptedModule([0.5, 2.0]), num_sanity_val_steps=1)
+    fit_scripted(run, Checkpoint(), Files(), script=[0.5, 2.0], num_sanity_val_steps=1)
     assert found == []
     assert best_step(run) == 5
 
 
 def test_a_continued_run_knows_the_best_loss_so_far(run: Path) -> None:
-    fit(run, Checkpoint(), module=ScriptedModule([2.0, 3.0]), max_epochs=2)
-    newest = step_path(run, 10)
+    fit_scripted(run, Checkpoint(), script=[2.0, 3.0], max_epochs=2)
     checkpoint = Checkpoint()
-    fit(run, checkpoint, module=ScriptedModule([2.5]), max_epochs=3, ckpt_path=newest)
+    fit_scripted(run, checkpoint, script=[2.5], max_epochs=3, ckpt_path=step_path(run, 10))
     assert checkpoint.best_loss == 2.0
     assert best_step(run) == 5
-    fit(run, Checkpoint(), module=ScriptedModule([1.5]), max_epochs=4, ckpt_path=step_path(run, 15))
+    fit_scripted(run, Checkpoint(), script=[1.5], max_epochs=4, ckpt_path=step_path(run, 15))
     assert best_step(run) == 20
 
 
 def test_the_best_takes_no_room_while_it_is_the_newest(run: Path) -> None:
-    fit(run, Checkpoint(), module=ScriptedModule([1.0]))
+    fit_scripted(run, Checkpoint(), script=[1.0])
     assert os.path.samefile(run / "checkpoints" / "best.ckpt", step_path(run, 5))
 
 
@@ -249,67 +400,6 @@ def test_a_link_replaces_what_was_there_and_what_an_interrupted_one_left(tmp_pat
     assert (tmp_path / "best").read_text() == "new"
     assert os.path.samefile(tmp_path / "best", tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "new"]
-
-
-# Going on -------------------------------------------------------------------------------------------------------------
-
-
-class Recorder(Callback):
-    """Notes what happens in a run, in order: every loss and every validation."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int, float]] = []
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.events.append(("train", trainer.global_step, outputs["nll_sum"].item()))
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.events.append(("validate", trainer.global_step, trainer.callback_metrics["val/loss"].item()))
-
-
-class PlacedLoader(TinyLoader):
-    """A loader that is told its position when it is made, as `lit_tune.data.loader.TrainLoader` is."""
-
-    def __init__(self, lengths: Sequence[int], *, consumed: int) -> None:
-        super().__init__(lengths)
-        self.consumed = consumed
-
-    @override
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        pass
-
-
-class HeldOut(TinyLoader):
-    """The same samples in every epoch."""
-
-    @override
-    def __iter__(self) -> Iterator[Batch]:
-        yield from (self.batch(0, index) for index in range(len(self)))
-
-
-def recorded(run: Path, *, ckpt_path: Path | None = None, steps_done: int = 0) -> list[tuple[str, int, float]]:
-    """Train three epochs of four steps, or the rest of them."""
-    recorder = Recorder()
-    run.mkdir(exist_ok=True)
-    checkpoint = Checkpoint(every_n_steps=1, keep_last=99)
-    checkpoint.bind(run)
-    trainer = make_trainer(run, [recorder, checkpoint], max_epochs=3, plugins=[AtomicCheckpointIO()])
-    loader = PlacedLoader([8, 9, 7, 8], consumed=steps_done)
-    trainer.fit(TinyModule(), loader, HeldOut([6]), ckpt_path=ckpt_path)
-    return recorder.events
-
-
-def test_from_every_checkpoint_a_run_goes_on_as_if_it_had_not_ended(run: Path, tmp_path: Path) -> None:
-    whole = recorded(run)
-    assert [kind for kind, _, _ in whole] == ["train", "train", "train", "train", "validate"] * 3
-    for step in range(1, 12):
-        # A checkpoint holds its step, and the validation that belongs to it.
-        rest = [event for event in whole if event[1] > step]
-        assert recorded(tmp_path / str(step), ckpt_path=step_path(run, step), steps_done=step) == rest, step
 
 
 # Space ----------------------------------------------------------------------------------------------------------------

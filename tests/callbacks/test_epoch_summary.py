@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
 
+from lit_tune.callbacks.checkpoint import Checkpoint
 from lit_tune.callbacks.epoch_summary import EpochSummary, epoch_line, readable_duration
+from lit_tune.checkpoint import step_path
 
-from .tiny import FakeClock, TinyLoader, TinyModule, make_trainer
+from .tiny import FakeClock, TinyLoader, TinyModule, fit, held_out, make_trainer
 
 LENGTHS = [5, 40, 12, 30, 7]  # unequal, and an odd number, so that the last window is short
 
@@ -70,24 +73,80 @@ def test_all_ranks_are_added_up() -> None:
     assert printed == ["Epoch 0: average loss 2.0000 (6 tokens, 0s)"]
 
 
-@pytest.mark.parametrize("stop_after", [2, 3, 4, 6])  # steps: within an epoch, and after an epoch's last batch
-def test_resumed_epochs_equal_uninterrupted_ones(
-    tmp_path: Path, stop_after: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = EpochSummary()
-    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer = make_trainer(tmp_path, [whole, saver], max_epochs=2, enable_checkpointing=True, accumulate_grad_batches=2)
-    trainer.fit(TinyModule(), TinyLoader(LENGTHS, accumulate=2))
+def trained(run: Path, *callbacks: Callback, step: int | None = None, **settings: Any) -> EpochSummary:
+    """Train two epochs of three optimizer steps with a checkpoint of every step, or go on from one of them."""
+    summary = EpochSummary()
+    summary.clock = FakeClock()
+    fit(
+        run,
+        Checkpoint(every_n_steps=1, keep_last=9),
+        summary,
+        *callbacks,
+        lengths=LENGTHS,
+        accumulate=2,
+        val_loader=held_out(9),
+        ckpt_path=None if step is None else step_path(run, step),
+        **({"max_epochs": 2} | settings),
+    )
+    return summary
 
-    resumed = EpochSummary()
-    trainer = make_trainer(tmp_path, [resumed], max_epochs=2, accumulate_grad_batches=2)
-    capsys.readouterr()
-    trainer.fit(TinyModule(), TinyLoader(LENGTHS, accumulate=2), ckpt_path=tmp_path / f"step={stop_after}.ckpt")
-    assert resumed.epoch_losses == whole.epoch_losses
-    assert len(resumed.val_losses) == 2
-    first_printed = 0 if stop_after <= 3 else 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch")]
-    assert [int(line.split()[1][:-1]) for line in lines] == list(range(first_printed, 2))
+
+def epoch_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch")]
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])  # within an epoch, at its end, within the next
+def test_continued_epochs_equal_uninterrupted_ones(
+    tmp_path: Path, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = trained(tmp_path)
+    lines = epoch_lines(capsys)
+    continued = trained(tmp_path, step=step)
+    assert continued.epoch_losses == whole.epoch_losses
+    assert continued.val_losses == whole.val_losses
+    assert epoch_lines(capsys) == lines[step // 3 :]
+
+
+def test_a_line_is_printed_when_the_epoch_is_over_and_never_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(Callback):
+        @override
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        trained(tmp_path, Broken())
+    assert epoch_lines(capsys) == []
+
+
+def test_an_epoch_cut_short_gets_its_line_again_for_the_whole_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = trained(tmp_path / "whole")
+    lines = epoch_lines(capsys)
+    cut_short = trained(tmp_path / "parts", max_steps=2)
+    assert len(cut_short.epoch_losses) == 1
+    assert cut_short.epoch_losses != whole.epoch_losses[:1]
+    (short_line,) = epoch_lines(capsys)
+    assert short_line.startswith("Epoch 0: average loss ")
+    assert short_line.endswith("(87 tokens, 0s)")  # of the first two steps
+    continued = trained(tmp_path / "parts", step=2)
+    assert continued.epoch_losses == whole.epoch_losses
+    assert continued.val_losses == whole.val_losses
+    assert epoch_lines(capsys) == lines
+
+
+def test_a_step_that_is_not_finite_does_not_count() -> None:
+    summary = EpochSummary()
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor))
+    module: Any = SimpleNamespace(print=lambda line: None, log=lambda *args, **kwargs: None)
+    for nll in (2.0, float("nan"), float("inf"), 4.0):
+        batch = {"num_tokens": 3, "num_supervised": 2, "last_of_step": True, "epoch": 0}
+        summary.on_train_batch_start(trainer, module, batch, 0)
+        summary.on_train_batch_end(trainer, module, {"nll_sum": torch.tensor(nll)}, batch, 0)
+    summary.on_train_epoch_end(trainer, module)
+    assert summary.epoch_losses == [(2.0 + 4.0) / 4]
 
 
 def test_time_of_an_epoch_includes_that_before_the_resume() -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
@@ -13,9 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from tensorboard.plugin_util import markdown_to_safe_html  # type: ignore[import-untyped]
 
 from lit_tune.callbacks import samples as samples_module
+from lit_tune.callbacks.checkpoint import Checkpoint
 from lit_tune.callbacks.samples import Samples, literal_markdown, sample_markdown
+from lit_tune.checkpoint import step_path
 
-from .tiny import VOCABULARY, TinyLoader, TinyModule, make_trainer
+from .tiny import VOCABULARY, TinyLoader, TinyModule, fit, make_trainer
 
 LENGTHS = [9, 14, 6, 11]
 
@@ -70,13 +71,10 @@ def test_does_nothing_unbound(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_the_answers_from_before_training(tmp_path: Path) -> None:
-    samples = bound_samples()
-    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer = make_trainer(tmp_path, [samples, saver], enable_checkpointing=True)
-    trainer.fit(TinyModule(), TinyLoader(LENGTHS))
-    resumed = bound_samples()
-    trainer = make_trainer(tmp_path, [resumed])
-    trainer.fit(TinyModule(), TinyLoader(LENGTHS), ckpt_path=tmp_path / "step=2.ckpt")
+    samples, resumed = bound_samples(), bound_samples()
+    fit(tmp_path, Checkpoint(every_n_steps=1, keep_last=9), samples, lengths=LENGTHS)
+    fit(tmp_path, Checkpoint(), resumed, lengths=LENGTHS, ckpt_path=step_path(tmp_path, 2))
+    assert [step for step, _ in samples.history] == [0, 4]
     assert resumed.history == samples.history
 
 

@@ -11,43 +11,56 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lit_tune.callbacks.checkpoint import Checkpoint
-from lit_tune.callbacks.stop import SIGNALS, GracefulStop
+from lit_tune.callbacks.stop import GracefulStop
 from lit_tune.checkpoint import AtomicCheckpointIO, is_intact, read, step_checkpoints, step_path
 from lit_tune.errors import Interrupted
-from lit_tune.logs import MetricsCsv, read_metrics
+from lit_tune.logs import read_metrics
+from lit_tune.signals import SIGNALS
 
-from .tiny import TinyLoader, TinyModule, make_trainer
+from .tiny import FakeClock, TinyLoader, TinyModule, fit, held_out, make_trainer
 
 
 class At(Callback):
-    """Calls an action in one hook of one micro-batch, counted from the run's start; of a validation, of any."""
+    """Calls an action in one hook, after so many micro-batches have begun since the run's start."""
 
-    def __init__(self, hook: str, micro_batch: int, action: Callable[[], None]) -> None:
+    def __init__(self, hook: str, begun: int, action: Callable[[], None]) -> None:
         self.hook = hook
-        self.micro_batch = micro_batch
+        self.at = begun
         self.action = action
-        self.started = 0
+        self.begun = 0
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.begun += 1
         self.act("train_batch_start")
-        self.started += 1
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.started == self.micro_batch + 1:
-            self.act("train_batch_end", self.micro_batch)
+        self.act("train_batch_end")
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.act("validation_batch_start", self.micro_batch)
+        if batch_idx == 0:
+            self.act("validation_batch_start")
 
-    def act(self, hook: str, micro_batch: int | None = None) -> None:
-        if hook == self.hook and self.micro_batch == (self.started if micro_batch is None else micro_batch):
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.act("validation_end")
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.act("train_epoch_end")
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.act("save_checkpoint")
+
+    def act(self, hook: str) -> None:
+        if (hook, self.begun) == (self.hook, self.at):
             self.action()
 
 
@@ -68,22 +81,21 @@ class Run:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.checkpoint = Checkpoint(keep_last=9)
         self.module = TinyModule()
         self.trainer: Trainer | None = None
 
-    def fit(self, *others: Callback, bound: bool = True, **settings: Any) -> None:
-        checkpoint = Checkpoint(keep_last=9)
-        if bound:
-            checkpoint.bind(self.directory)
-        self.trainer = make_trainer(
+    def fit(self, *others: Callback, validate: bool = True, **settings: Any) -> None:
+        self.trainer = fit(
             self.directory,
-            [*others, checkpoint, GracefulStop(checkpoint)],
-            accumulate_grad_batches=2,
-            plugins=[AtomicCheckpointIO()],
-            logger=MetricsCsv(self.directory),
+            self.checkpoint,
+            *others,
+            module=self.module,
+            lengths=[8] * 6,
+            accumulate=2,
+            val_loader=held_out(6, 6) if validate else None,
             **({"max_epochs": 3} | settings),
         )
-        self.trainer.fit(self.module, TinyLoader([8] * 6, accumulate=2), TinyLoader([6]))
 
     def stopped(self, *others: Callback, **settings: Any) -> Interrupted:
         """Train, and return the interruption that ended it."""
@@ -99,9 +111,9 @@ class Run:
     def saved(self) -> list[Path]:
         return step_checkpoints(self.directory)
 
-    @property
-    def logged_steps(self) -> list[int]:
-        return [int(row["step"]) for row in read_metrics(self.directory / "metrics.csv") if row["train/loss"]]
+    def logged_steps(self, column: str) -> list[int]:
+        rows = read_metrics(self.directory / "metrics.csv")
+        return [int(row["step"]) for row in rows if row.get(column)]
 
 
 @pytest.fixture
@@ -131,77 +143,128 @@ def handlers() -> Iterator[list[Any]]:
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_with_its_own_exit_code(run: Run, number: signal.Signals, exit_code: int) -> None:
-    stop = run.stopped(At("train_batch_start", 2, send(number)))
+    stop = run.stopped(At("train_batch_start", 3, send(number)))
     assert stop.exit_code == exit_code
-    assert str(stop) == f"stopped by signal {int(number)}"
+    assert str(stop) == f"stopped by {number.name}"
 
 
 @pytest.mark.parametrize(
-    ("hook", "micro_batch", "last_step"),
+    ("hook", "begun", "last_step", "validation_due"),
     [
-        ("train_batch_start", 0, 1),
-        ("train_batch_start", 1, 1),
-        ("train_batch_end", 1, 1),  # in a callback before the checkpoint's
-        ("train_batch_start", 2, 2),
-        ("train_batch_start", 4, 3),  # the last step of an epoch
-        ("train_batch_start", 5, 3),
-        ("validation_batch_start", 0, 3),
-        ("train_batch_start", 6, 4),
+        ("train_batch_start", 1, 1, False),
+        ("train_batch_start", 2, 1, False),
+        ("train_batch_end", 2, 1, False),
+        ("train_batch_start", 3, 2, False),
+        ("train_batch_start", 5, 3, True),  # the last step of an epoch
+        ("train_batch_end", 6, 3, True),
+        ("validation_batch_start", 6, 3, True),  # the first of two
+        ("validation_end", 6, 3, False),
+        ("train_epoch_end", 6, 3, False),
+        ("train_batch_start", 7, 4, False),
     ],
 )
-def test_the_step_is_finished_saved_and_logged(run: Run, hook: str, micro_batch: int, last_step: int) -> None:
-    stop = run.stopped(At(hook, micro_batch, send(signal.SIGTERM)))
+def test_the_step_is_finished_saved_and_logged(
+    run: Run, hook: str, begun: int, last_step: int, validation_due: bool
+) -> None:
+    stop = run.stopped(At(hook, begun, send(signal.SIGTERM)))
     assert run.micro_batches == 2 * last_step
     path = step_path(run.directory, last_step)
     assert stop.checkpoint == str(path)
     assert run.saved[0] == path
     assert is_intact(path)
-    assert read(path)["global_step"] == last_step
-    assert run.logged_steps == list(range(last_step))
+    saved = read(path)
+    assert saved["global_step"] == last_step
+    assert saved["validation_due"] is validation_due
+    assert run.logged_steps("train/loss") == list(range(last_step))
+    assert run.logged_steps("val/loss") == ([2] if last_step >= 3 and not validation_due else [])
+
+
+def test_a_signal_that_comes_before_a_step_has_begun_stops_before_it(run: Run) -> None:
+    stop = run.stopped(before=[At("train_batch_start", 3, send(signal.SIGTERM))])
+    assert run.micro_batches == 2
+    assert stop.checkpoint == str(step_path(run.directory, 1))
+
+
+def test_before_the_first_step_there_is_nothing_to_save(run: Run) -> None:
+    stop = run.stopped(before=[At("train_batch_start", 1, send(signal.SIGTERM))])
+    assert run.micro_batches == 0
+    assert stop.checkpoint is None
+    assert run.saved == []
+
+
+def test_a_continued_run_that_is_stopped_before_its_first_step_names_where_it_began(run: Run) -> None:
+    run.stopped(At("train_batch_start", 3, send(signal.SIGTERM)))
+    (path,) = run.saved
+    again = Run(run.directory)
+    stop = again.stopped(before=[At("train_batch_start", 1, send(signal.SIGTERM))], ckpt_path=path)
+    assert again.micro_batches == 0
+    assert stop.checkpoint == str(path)
+    assert run.saved == [path]
 
 
 def test_the_checkpoint_holds_the_weights_of_its_step(run: Run) -> None:
-    run.stopped(At("train_batch_start", 3, send(signal.SIGTERM)))
+    run.stopped(At("train_batch_start", 4, send(signal.SIGTERM)))
     saved = read(run.saved[0])["state_dict"]
     weights = run.module.state_dict()
     assert saved.keys() == weights.keys()
     assert all(torch.equal(saved[name], weights[name]) for name in weights)
 
 
-def test_an_epochs_end_is_validated_before_the_run_stops(run: Run) -> None:
-    run.stopped(At("train_batch_start", 5, send(signal.SIGTERM)))
-    assert [row["step"] for row in read_metrics(run.directory / "metrics.csv") if row["val/loss"]] == ["2"]
+@pytest.mark.parametrize("interval", [2, 3], ids=["between two steps", "within a step"])
+def test_a_validation_within_the_epoch_is_put_off_too(run: Run, interval: int) -> None:
+    run.stopped(At("train_batch_start", interval, send(signal.SIGTERM)), val_check_interval=interval)
+    assert run.micro_batches == interval
+    saved = read(run.saved[0])
+    assert (saved["global_step"], saved["validation_due"]) == (1, True)
+    assert run.logged_steps("val/loss") == []
 
 
-def test_a_validation_within_the_epoch_is_not_waited_for(run: Run) -> None:
-    run.stopped(At("train_batch_start", 1, send(signal.SIGTERM)), val_check_interval=2)
-    assert "val/loss" not in read_metrics(run.directory / "metrics.csv")[0]
+def test_a_save_in_the_background_is_waited_for(run: Run) -> None:
+    writer = AtomicCheckpointIO(asynchronous=True)
+    stop = run.stopped(At("train_batch_start", 3, send(signal.SIGTERM)), plugins=[writer])
+    assert writer._pending is None
+    assert stop.checkpoint == str(run.saved[0])
+
+
+def test_without_a_run_directory_nothing_was_saved(tmp_path: Path) -> None:
+    checkpoint, module = Checkpoint(), TinyModule()
+    callbacks = [checkpoint, GracefulStop(checkpoint), At("train_batch_start", 2, send(signal.SIGTERM))]
+    with pytest.raises(Interrupted) as stop:
+        make_trainer(tmp_path, callbacks).fit(module, TinyLoader([8] * 6))
+    assert stop.value.checkpoint is None
+    assert len(module.nll_sums) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+# The last step --------------------------------------------------------------------------------------------------------
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end(run: Run) -> None:
-    run.fit(At("train_batch_start", 17, send(signal.SIGTERM)))
+    run.fit(At("train_batch_start", 18, send(signal.SIGTERM)), validate=False)
     assert run.trainer is not None
     assert run.trainer.global_step == 9
     assert run.saved[0] == step_path(run.directory, 9)
 
 
-def test_the_last_step_by_max_steps_lets_the_run_end_too(run: Run) -> None:
-    run.fit(At("train_batch_start", 8, send(signal.SIGTERM)), max_steps=5)
-    assert run.saved[0] == step_path(run.directory, 5)
+@pytest.mark.parametrize("max_steps", [5, 9])
+def test_the_last_step_by_max_steps_lets_the_run_end_with_its_validation(run: Run, max_steps: int) -> None:
+    run.fit(At("train_batch_start", 2 * max_steps, send(signal.SIGTERM)), max_steps=max_steps)
+    assert run.saved[0] == step_path(run.directory, max_steps)
+    assert read(run.saved[0])["validation_due"] is False
+    assert run.logged_steps("val/loss") == [2, 5, 8][: max_steps // 3]
 
 
-def test_without_a_run_directory_nothing_was_saved(run: Run) -> None:
-    stop = run.stopped(At("train_batch_start", 2, send(signal.SIGTERM)), bound=False)
-    assert stop.checkpoint is None
-    assert run.micro_batches == 4
-    assert run.saved == []
+def test_a_validation_after_the_last_step_is_put_off_as_any_other(run: Run) -> None:
+    stop = run.stopped(At("train_batch_start", 18, send(signal.SIGTERM)))
+    assert stop.checkpoint == str(step_path(run.directory, 9))
+    assert read(run.saved[0])["validation_due"] is True
 
 
 # A second signal ------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_signal_ends_at_once(run: Run) -> None:
-    stop = run.stopped(At("train_batch_start", 2, send(signal.SIGTERM, times=2)))
+    stop = run.stopped(At("train_batch_start", 3, send(signal.SIGTERM, times=2)))
     assert run.micro_batches == 2  # those of the first step
     assert stop.exit_code == 143
     assert stop.checkpoint is None
@@ -209,11 +272,20 @@ def test_a_second_signal_ends_at_once(run: Run) -> None:
 
 
 def test_a_second_signal_names_the_newest_checkpoint(run: Run) -> None:
-    stop = run.stopped(At("train_batch_start", 8, send(signal.SIGINT, times=2)))
+    stop = run.stopped(At("train_batch_start", 9, send(signal.SIGINT, times=2)))
     assert run.micro_batches == 8
     assert stop.exit_code == 130
     assert stop.checkpoint == str(step_path(run.directory, 3))  # of the epoch's end
     assert run.saved == [step_path(run.directory, 3)]
+
+
+def test_a_second_signal_in_the_middle_of_the_save_ends_at_once(run: Run) -> None:
+    first = At("train_batch_start", 9, send(signal.SIGTERM))
+    stop = run.stopped(first, At("save_checkpoint", 10, send(signal.SIGTERM)))
+    assert run.micro_batches == 10
+    assert stop.checkpoint == str(step_path(run.directory, 3))
+    left = sorted(path.name for path in (run.directory / "checkpoints").iterdir())
+    assert left == ["best.ckpt", "step-00000003.ckpt"]
 
 
 # Handlers; the fixture checks that they are restored in every test ----------------------------------------------------
@@ -226,7 +298,86 @@ def test_a_run_without_a_signal_ends_with_the_handlers_it_began_with(run: Run) -
 
 def test_a_run_that_fails_gives_the_handlers_back_too(run: Run) -> None:
     with pytest.raises(ZeroDivisionError):
-        run.fit(At("train_batch_start", 2, fail))
+        run.fit(At("train_batch_start", 3, fail))
+
+
+# Before the time is up ------------------------------------------------------------------------------------------------
+
+
+class Working(Callback):
+    """Lets ten seconds pass in every micro-batch and a hundred in every batch of a validation."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.clock.now += 10
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.clock.now += 100
+
+
+def timed(run: Run, *, limit_s: float, preparing_s: float = 0.0) -> tuple[GracefulStop, Working]:
+    clock = FakeClock()
+    stop = GracefulStop(run.checkpoint, time_limit_s=limit_s, started=clock.now - preparing_s)
+    stop.clock = clock
+    return stop, Working(clock)
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "last_step"),
+    [
+        (45, 1),
+        (45.1, 2),
+        (65, 2),  # 40 s for two steps, 20 for another, 5 to end
+        (65.1, 3),  # the validation is not begun
+    ],
+)
+def test_a_run_ends_before_its_time_is_up(run: Run, limit_s: float, last_step: int) -> None:
+    stop, working = timed(run, limit_s=limit_s)
+    ended = run.stopped(working, stop=stop)
+    assert run.saved == [step_path(run.directory, last_step)]
+    assert str(ended) == "stopped by --time-limit"
+    assert ended.exit_code == 143
+    assert working.clock.now - 100.0 <= limit_s
+
+
+def test_the_time_runs_from_the_beginning_of_the_process(run: Run) -> None:
+    stop, working = timed(run, limit_s=1065, preparing_s=1000)
+    run.stopped(working, stop=stop)
+    assert run.saved == [step_path(run.directory, 2)]
+
+
+def test_time_is_left_for_a_save_as_long_as_the_longest(run: Run) -> None:
+    stop, working = timed(run, limit_s=95)
+    run.checkpoint.longest_save_s = 30
+    run.stopped(working, stop=stop)
+    assert run.saved == [step_path(run.directory, 2)]
+
+
+def test_the_time_may_be_up_between_two_batches_of_a_validation(run: Run) -> None:
+    stop, working = timed(run, limit_s=260)  # 60 s for the steps; after one batch 160, the next would take 100 more
+    run.stopped(working, stop=stop)
+    assert read(run.saved[0])["validation_due"] is True
+    assert working.clock.now == 100 + 160
+
+
+def test_a_run_that_is_done_in_time_is_not_stopped(run: Run) -> None:
+    stop, working = timed(run, limit_s=900)  # 180 s for steps, 600 for validation
+    run.fit(working, stop=stop)
+    assert run.saved[0] == step_path(run.directory, 9)
 
 
 # Several ranks --------------------------------------------------------------------------------------------------------
@@ -235,8 +386,9 @@ def test_a_run_that_fails_gives_the_handlers_back_too(run: Run) -> None:
 class FakeRank:
     """What the callback sees of one of two ranks; `other` is the signal that the other rank received."""
 
-    is_last_batch = False
     world_size = 2
+    global_step = 0
+    max_steps = -1
 
     def __init__(self, other: int) -> None:
         self.strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=self.reduce)
@@ -249,29 +401,37 @@ class FakeRank:
         return torch.maximum(tensor, torch.tensor(float(self.other)))
 
 
-def steps_until_stopped(rank: FakeRank, last_of_step: Sequence[bool]) -> tuple[int, list[int]]:
-    """Return the micro-batches processed, and the number of them after which a checkpoint was saved."""
-    saves: list[int] = []
-    processed = 0
-    checkpoint: Any = SimpleNamespace(newest=None, save=lambda trainer: saves.append(processed))
+def micro_batches_until_stopped(rank: FakeRank, first_of_step: Sequence[bool]) -> tuple[int, list[str]]:
+    """Return the micro-batches processed, and what was asked of the checkpoint's callback."""
+    asked: list[str] = []
+    checkpoint: Any = SimpleNamespace(
+        newest=None,
+        save=lambda trainer, validation_due: asked.append("save, validation due" if validation_due else "save"),
+        wait=lambda trainer: asked.append("wait"),
+    )
     stop = GracefulStop(checkpoint)
     trainer: Any = rank
     module: Any = None
-    for last in last_of_step:
-        try:
-            stop.on_train_batch_start(trainer, module, {}, 0)
-        except Interrupted:
-            break
-        processed += 1
-        stop.on_train_batch_end(trainer, module, None, {"last_of_step": last}, 0)
-    return processed, saves
+    processed = 0
+    stop.on_train_start(trainer, module)
+    try:
+        for first in first_of_step:
+            stop.on_train_batch_start(trainer, module, {"first_of_step": first}, 0)
+            processed += 1
+    except Interrupted:
+        pass
+    stop.on_train_end(trainer, module)
+    return processed, asked
 
 
 def test_a_signal_to_another_rank_stops_this_one_at_the_same_step() -> None:
-    assert steps_until_stopped(FakeRank(other=signal.SIGTERM), [False, True, False, True]) == (2, [2])
+    rank = FakeRank(other=0)
+    assert micro_batches_until_stopped(rank, [True, False]) == (2, [])
+    rank.other = signal.SIGTERM
+    assert micro_batches_until_stopped(rank, [False, True, False]) == (1, ["save", "wait"])
 
 
 def test_without_a_signal_ranks_ask_each_other_once_a_step() -> None:
     rank = FakeRank(other=0)
-    assert steps_until_stopped(rank, [False, True, False, True]) == (4, [])
+    assert micro_batches_until_stopped(rank, [True, False, True, False]) == (4, [])
     assert rank.asked == 2

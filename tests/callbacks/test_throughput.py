@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from lit_tune.callbacks.checkpoint import Checkpoint
 from lit_tune.callbacks.throughput import Lap, LapTimes, Stopwatch, Throughput, rates
 
-from .tiny import FakeClock, TinyLoader, TinyModule, make_trainer
+from .tiny import FakeClock, fit, held_out
 
 
 class Passing(Callback):
@@ -75,16 +75,17 @@ def test_training_alone_is_timed(tmp_path: Path) -> None:
     throughput = Throughput()
     clock = with_clock(throughput)
     passing = Passing(clock)
-    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1)
     # Two micro-batches, so two seconds, a step; a checkpoint after every step, and validation after every epoch.
-    trainer = make_trainer(
+    trainer = fit(
         tmp_path,
-        [throughput, passing, checkpoint],
+        Checkpoint(every_n_steps=1),
+        throughput,
+        passing,
+        lengths=[10, 20, 30, 40],
+        accumulate=2,
+        val_loader=held_out(8),
         max_epochs=2,
-        accumulate_grad_batches=2,
-        enable_checkpointing=True,
     )
-    trainer.fit(TinyModule(), TinyLoader([10, 20, 30, 40], accumulate=2), TinyLoader([8]))
     metrics = trainer.callback_metrics
     # Without the first step (30 tokens, 26 supervised): 70 + 30 + 70 tokens in three steps of two samples and seconds.
     assert float(metrics["throughput/tokens_per_s"]) == pytest.approx(170 / 6)

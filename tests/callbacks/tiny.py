@@ -1,6 +1,7 @@
 """The smallest module and loader that obey the batch contract of `lit_tune.data.collate`, for tests of callbacks."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 from typing_extensions import override
+
+from lit_tune.callbacks.checkpoint import Checkpoint
+from lit_tune.callbacks.continuation import Continuation
+from lit_tune.callbacks.stop import GracefulStop
+from lit_tune.checkpoint import AtomicCheckpointIO, read
+from lit_tune.logs import MetricsCsv
 
 Batch = dict[str, Any]
 VOCABULARY = 64
@@ -65,21 +72,42 @@ class TinyModule(LightningModule):
 
 
 class TinyLoader:
-    """Epochs of micro-batches with samples of the given lengths; its whole state is the number of batches consumed."""
+    """Epochs of micro-batches with samples of the given lengths.
 
-    def __init__(self, lengths: Sequence[int], *, accumulate: int = 1) -> None:
+    Args:
+        accumulate: Micro-batches of an optimizer step; an epoch's last step may have fewer.
+        steps_done: Tells where to begin, at every `iter`: after this many optimizer steps. Left out, after those that
+            were served.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], *, accumulate: int = 1, steps_done: Callable[[], int] | None = None
+    ) -> None:
         self.lengths = lengths
         self.accumulate = accumulate
-        self.consumed = 0
+        self.steps_served = 0
+        self.steps_done = steps_done or (lambda: self.steps_served)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def steps(self) -> int:
+        """The optimizer steps of an epoch."""
+        return math.ceil(len(self.lengths) / self.accumulate)
+
     def __iter__(self) -> Iterator[Batch]:
-        epoch, first = divmod(self.consumed, len(self.lengths))
-        for index in range(first, len(self.lengths)):
-            self.consumed += 1
-            yield self.batch(epoch, index)
+        epoch, step = divmod(self.steps_done(), self.steps)
+        for index in range(step * self.accumulate, len(self.lengths)):
+            batch = self.batch(epoch, index)
+            self.steps_served += batch["last_of_step"]
+            yield batch
+
+    def place_after(self, step: int) -> tuple[int, int, bool]:
+        """Return where an optimizer step ends: the epoch, the micro-batches in it so far, whether they are all."""
+        epoch, number = divmod(step, self.steps)
+        batches = min((number + 1) * self.accumulate, len(self.lengths))
+        return epoch, batches, batches == len(self.lengths)
 
     def batch(self, epoch: int, index: int) -> Batch:
         """Make one micro-batch; its first two tokens are not supervised."""
@@ -97,17 +125,22 @@ class TinyLoader:
             "num_samples": 1,
             "step_supervised": sum(window_lengths) - 2 * len(window_lengths),
             "epoch": epoch,
-            "step": (epoch * len(self.lengths) + index) // self.accumulate,
+            "step": epoch * self.steps + window,
+            "first_of_step": index % self.accumulate == 0,
             "last_of_step": index % self.accumulate == self.accumulate - 1 or index == len(self.lengths) - 1,
         }
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position."""
-        return {"consumed": self.consumed}
+        """Tell Lightning that there is a way to go on in mid-epoch."""
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position."""
-        self.consumed = state["consumed"]
+        """Do nothing."""
+
+
+def held_out(*lengths: int) -> TinyLoader:
+    """Make a loader that serves the same samples at every `iter`."""
+    return TinyLoader(lengths, steps_done=lambda: 0)
 
 
 class FakeClock:
@@ -135,3 +168,37 @@ def make_trainer(directory: Path, callbacks: Sequence[Callback], **settings: Any
         "default_root_dir": directory,
     }
     return Trainer(callbacks=list(callbacks), **(defaults | settings))
+
+
+def fit(
+    run: Path,
+    checkpoint: Checkpoint,
+    *callbacks: Callback,
+    before: Sequence[Callback] = (),
+    stop: GracefulStop | None = None,
+    module: LightningModule | None = None,
+    lengths: Sequence[int] = (8, 8, 8, 8, 8),
+    accumulate: int = 1,
+    val_loader: TinyLoader | None = None,
+    ckpt_path: Path | None = None,
+    **settings: Any,
+) -> Trainer:
+    """Train in the directory `run`, or go on there, with the callbacks in the order that a run of `lit-tune` has.
+
+    Args:
+        before: Callbacks that go ahead of those that save and stop.
+        val_loader: Serves the held-out samples; there are none without it.
+        settings: The trainer's.
+    """
+    run.mkdir(exist_ok=True)
+    logger = MetricsCsv(run, first_step=read(ckpt_path)["global_step"] if ckpt_path else 0)
+    checkpoint.bind(run, flush_logs=logger.flush)
+    loader = TinyLoader(lengths, accumulate=accumulate, steps_done=lambda: trainer.global_step)
+    first = [checkpoint, stop or GracefulStop(checkpoint), Continuation(loader.place_after)]
+    trainer = make_trainer(
+        run,
+        [*before, *first, *callbacks],
+        **{"accumulate_grad_batches": accumulate, "plugins": [AtomicCheckpointIO()], "logger": logger} | settings,
+    )
+    trainer.fit(module or TinyModule(), loader, val_loader, ckpt_path=ckpt_path)
+    return trainer

@@ -1,6 +1,7 @@
 """The module under a real Trainer: its loss against plain transformers, its steps against plain torch, its dtypes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from lit_tune import checkpoint
+from lit_tune.callbacks.continuation import Continuation
 from lit_tune.data.instruct import InstructData
 from lit_tune.errors import InputError, NonFiniteError
+from lit_tune.modules import llama
 from lit_tune.modules.llama import LlamaTuner
 from lit_tune.modules.lora import Lora
 from lit_tune.result import save_result
 from tests.tiny_llama import tiny_base
-from tests.tiny_run import Watch, train, trained_weights, vector, write_records
+from tests.tiny_run import Watch, make_trainer, saving, train, trained_weights, vector, write_records
 
 GLOBAL_BATCH = 8
 STEPS = 3  # of 8, 8 and 3 samples
@@ -95,7 +98,7 @@ def reference_step(model: Any, data: InstructData, step: int) -> Tensor:
     """Return the loss of an optimizer step as transformers computes it, sample by sample, unpacked."""
     assert data.prepared is not None
     encoded = data.prepared.train
-    plan = data._source().plan(0)[step]
+    plan = data.source().plan(0)[step]
     total, supervised = torch.tensor(0.0), 0
     for index in (i for micro in plan for samples in micro for i in samples):
         tokens, labels = (torch.from_numpy(array) for array in encoded.sample(index))
@@ -227,36 +230,185 @@ def test_weights_and_optimizer_states_have_the_dtypes_that_the_precision_asks_fo
 
 
 class Poison(Callback):
-    """Put a NaN into a frozen weight, or let a gradient overflow, before the second optimizer step."""
+    """Make the loss or a gradient of some optimizer steps infinite, in all of their micro-batches or in one.
 
-    def __init__(self, what: str) -> None:
+    Keeps copies of weights and optimizer states, as they are before each of these steps and after it.
+    """
+
+    def __init__(self, what: str, *steps: int, micro_batch: int | None = None) -> None:
         self.what = what
-        self.before: dict[str, Tensor] = {}
+        self.steps = steps
+        self.micro_batch = micro_batch
+        self.before: list[dict[str, Tensor]] = []
+        self.after: list[dict[str, Tensor]] = []
+        self.ids: list[int] = []  # of the poisoned micro-batches
+        self.all_ids: list[int] = []  # of the poisoned steps
+        self._active = False
+        self._in_step = 0
+
+    def _poisoned(self, value: Tensor) -> Tensor:
+        return value * float("inf") if self._active else value
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.what == "loss":
+            layer = pl_module.causal_lm.model.layers[0].input_layernorm
+            layer.register_forward_hook(lambda _module, _inputs, output: self._poisoned(output))
+        else:
+            next(p for p in pl_module.parameters() if p.requires_grad).register_hook(self._poisoned)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch["step"] != 1:
-            return
-        self.before = trained_weights(pl_module)
-        if self.what == "loss":
-            layer = pl_module.causal_lm.model.layers[0].input_layernorm
-            layer.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
-        else:
-            weight = next(p for p in pl_module.parameters() if p.requires_grad)
-            weight.register_hook(lambda gradient: gradient * float("inf"))
+        self._in_step = 0 if batch["first_of_step"] else self._in_step + 1
+        in_step = batch["step"] in self.steps
+        self._active = in_step and self.micro_batch in (None, self._in_step)
+        if in_step and batch["first_of_step"]:
+            self.before.append(states(trainer, pl_module))
+        self.ids += batch["sample_ids"] if self._active else []
+        self.all_ids += batch["sample_ids"] if in_step else []
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch["step"] in self.steps and batch["last_of_step"]:
+            self.after.append(states(trainer, pl_module))
+
+
+def states(trainer: Trainer, module: LlamaTuner) -> dict[str, Tensor]:
+    """Return copies of what trains and of all that the optimizer keeps of it."""
+    found = trained_weights(module)
+    for number, state in trainer.optimizers[0].state_dict()["state"].items():
+        found |= {f"{number}.{name}": value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+    return found
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+EITHER = pytest.mark.parametrize("what", ["loss", "gradient"])
 
 
 @pytest.mark.parametrize("method", ["lora", "fft"])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@EITHER
 def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(
     make: Make, data: MakeData, method: str, what: str
 ) -> None:
-    poison, module = Poison(what), make(method=method)
-    with pytest.raises(NonFiniteError, match=rf"the {what} of optimizer step 1 .*weights were not updated") as refused:
+    poison, module = Poison(what, 1), make(method=method)
+    with pytest.raises(NonFiniteError, match=rf"^the {what} of optimizer step 1 is .*weights were not upd") as refused:
         train(module, data(), poison)
     assert "\n" not in str(refused.value)
-    for name, weight in trained_weights(module).items():
-        assert torch.equal(weight, poison.before[name]), name
+    assert "skipped" not in str(refused.value)
+    assert_same({name: poison.before[0][name] for name in trained_weights(module)}, trained_weights(module))
+
+
+def named(ids: list[int]) -> str:
+    return f"(records {', '.join(map(str, sorted(ids)))}, counted from 0)"
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_a_loss_is_told_with_the_records_of_its_micro_batch(make: Make, data: MakeData, micro_batch: int) -> None:
+    poison = Poison("loss", 1, micro_batch=micro_batch)
+    with pytest.raises(NonFiniteError) as refused:
+        train(make(), data(micro_batch_size=2), poison, accumulate_grad_batches=4)
+    assert len(poison.ids) == 2
+    assert named(poison.ids) in str(refused.value)
+
+
+def test_a_gradient_is_told_with_the_records_of_its_step(make: Make, data: MakeData) -> None:
+    poison = Poison("gradient", 1, micro_batch=0)
+    with pytest.raises(NonFiniteError) as refused:
+        train(make(), data(micro_batch_size=2), poison, accumulate_grad_batches=4)
+    assert len(poison.all_ids) == GLOBAL_BATCH
+    assert named(poison.all_ids) in str(refused.value)
+
+
+def test_one_record_is_told_as_one_and_of_many_the_first(make: Make, data: MakeData, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"\(record \d+, counted from 0\)"):
+        train(make(), data(micro_batch_size=1), Poison("loss", 0))
+    many = write_records(tmp_path / "many.jsonl", 24)
+    with pytest.raises(NonFiniteError, match=r"\(records 0, 1, 2, [\d, ]+, 18, 19 and 4 more, counted from 0\)"):
+        train(make(), data(path=many, micro_batch_size=24), Poison("loss", 0))
+
+
+def test_the_records_of_all_ranks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(into: list[Any], own: list[int]) -> None:
+        into[:] = [own, [7, 1]]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert llama._of_all_ranks([3, 2]) == [1, 2, 3, 7]
+
+
+# Steps that are skipped -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "fft", "optimizer": "adafactor"}], ids=str)
+@EITHER
+def test_a_skipped_step_leaves_weights_and_optimizer_to_the_bit(
+    make: Make, data: MakeData, settings: dict[str, Any], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison, watch, module = Poison(what, 1), Watch(), make(skip_nonfinite=1, weight_decay=0.1, **settings)
+    trainer = train(module, data(), poison, watch)
+    assert len(poison.before[0]) > len(trained_weights(module))  # the optimizer has states
+    assert_same(poison.before[0], poison.after[0])
+    assert len(watch.weights) == STEPS + 1
+    assert not torch.equal(vector(watch.weights[2]), vector(watch.weights[3]))  # the step after it trains
+    assert all(torch.isfinite(weight).all() for weight in watch.weights[3].values())
+    assert module.skipped_steps == 1
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Skipped")]
+    assert line.startswith(f"Skipped: the {what} of optimizer step 1 is ")
+    assert line.endswith(f"{named(poison.all_ids)}; 1 of at most 1 (model.skip_nonfinite)")
+
+
+def test_the_steps_after_a_skipped_one_are_those_of_a_run_without_its_update(make: Make, data: MakeData) -> None:
+    """The reference leaves the update out by torch's own means: an optimizer without gradients does nothing."""
+    skipped, left_out = Watch(), Watch()
+    train(make(skip_nonfinite=1), data(), Poison("gradient", 1), skipped, max_epochs=2)
+    train(make(), data(), left_out, LeaveOut(1), max_epochs=2)
+    assert skipped.losses == left_out.losses
+    assert_same(skipped.weights[-1], left_out.weights[-1])
+
+
+class LeaveOut(Callback):
+    """Take the gradients of a step away before the optimizer sees them."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        if trainer.global_step == self.step:
+            optimizer.zero_grad()
+
+
+@EITHER
+def test_more_than_may_be_skipped_end_the_run(make: Make, data: MakeData, what: str) -> None:
+    watch, poison = Watch(), Poison(what, 0, 2, 3)
+    with pytest.raises(NonFiniteError, match=rf"the {what} of optimizer step 3 .* after 2 skipped steps; the weights"):
+        train(make(skip_nonfinite=2), data(), poison, watch, max_epochs=2)
+    assert len(watch.losses) == 3
+
+
+def test_the_count_of_skipped_steps_survives_a_continuation(make: Make, data: MakeData, tmp_path: Path) -> None:
+    whole, rest = Watch(), Watch()
+    data_one, data_two = data(), data()
+    train(make(skip_nonfinite=2), data_one, *saving(tmp_path, data_one), Poison("loss", 1, 4), whole, max_epochs=2)
+    module = make(skip_nonfinite=2)
+    start = checkpoint.step_path(tmp_path, 3)
+    train(module, data_two, *saving(tmp_path, data_two), Poison("loss", 4), rest, max_epochs=2, ckpt_path=start)
+    assert module.skipped_steps == 2
+    assert_same(rest.weights[-1], whole.weights[-1])
+    with pytest.raises(NonFiniteError, match=r"optimizer step 4 .* after 1 skipped steps"):
+        train(make(skip_nonfinite=1), data(), Poison("loss", 4), max_epochs=2, ckpt_path=start)
+
+
+def test_fewer_than_none_cannot_be_skipped() -> None:
+    with pytest.raises(InputError, match=r"^model\.skip_nonfinite is -1; it must be 0 or more\.$"):
+        LlamaTuner(skip_nonfinite=-1)
 
 
 # Randomness -----------------------------------------------------------------------------------------------------------
@@ -360,17 +512,16 @@ def test_full_training_from_an_adapter_starts_with_it_merged(make: Make, data: M
 
 @pytest.fixture
 def saved(make: Make, data: MakeData, tmp_path: Path) -> Path:
-    """Save a LoRA checkpoint after one epoch."""
-    trainer = train(make(), data())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    return tmp_path / "a.ckpt"
+    """Save a LoRA checkpoint after one epoch of two."""
+    ours = data()
+    train(make(), ours, *saving(tmp_path, ours), max_epochs=2)
+    return checkpoint.step_path(tmp_path, STEPS)
 
 
-def test_a_lora_checkpoint_holds_the_adapters_alone(saved: Path, base: str) -> None:
+def test_a_lora_checkpoint_holds_the_adapters_alone(saved: Path) -> None:
     content = checkpoint.read(saved)
     assert len(content["state_dict"]) == 2 * 2 * len(LORA.targets)  # A and B, two layers
     assert all("lora_" in name for name in content["state_dict"])
-    assert content["lit_tune"]["base"] == base
 
 
 def test_a_full_checkpoint_holds_the_model(make: Make, data: MakeData, tmp_path: Path) -> None:
@@ -381,42 +532,195 @@ def test_a_full_checkpoint_holds_the_model(make: Make, data: MakeData, tmp_path:
 
 @pytest.mark.parametrize("method", ["lora", "fft"])
 def test_a_run_in_two_parts_equals_one_bitwise(make: Make, data: MakeData, method: str, tmp_path: Path) -> None:
-    # A constant rate: the schedule of a longer run would differ from the beginning.
-    settings: dict[str, Any] = {"method": method, "schedule": "constant", "lora": Lora(rank=4, dropout=0.1)}
-    whole, rest = Watch(), Watch()
-    train(make(**settings), data(), whole, max_epochs=2)
-    train(make(**settings), data()).save_checkpoint(tmp_path / "a.ckpt")
-    train(make(**settings), data(), rest, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-    assert rest.losses == whole.losses[STEPS:]
-    for name, weight in whole.weights[-1].items():
-        assert torch.equal(rest.weights[-1][name], weight), name
+    settings: dict[str, Any] = {"method": method, "lora": Lora(rank=4, dropout=0.1)}
+    whole, rest, ours, again = Watch(), Watch(), data(), data()
+    train(make(**settings), ours, *saving(tmp_path, ours), whole, max_epochs=2)
+    for step in (1, STEPS, STEPS + 2):
+        rest = Watch()
+        start = checkpoint.step_path(tmp_path, step)
+        train(make(**settings), again, Continuation(again.place_after), rest, max_epochs=2, ckpt_path=start)
+        assert rest.losses == whole.losses[step:]
+        assert_same(rest.weights[-1], whole.weights[-1])
 
 
-@pytest.mark.parametrize(
-    ("settings", "fault"),
-    [
-        ({"lora": Lora(rank=8, alpha=8, dropout=0.0, targets=LORA.targets)}, "lora"),
-        ({"lora": Lora(rank=4, alpha=8, dropout=0.0, targets=["q_proj"])}, "lora"),
-        ({"quantize": "nf4"}, "quantize"),
-        ({"method": "fft"}, "method"),
-    ],
-)
-def test_a_checkpoint_of_other_settings_is_refused(
-    saved: Path, make: Make, data: MakeData, settings: dict[str, Any], fault: str
+@pytest.mark.parametrize(("samples", "accumulate"), CUTS[1:])
+def test_a_run_goes_on_in_another_cut_of_the_same_global_batch(
+    make: Make, data: MakeData, saved: Path, samples: int, accumulate: int
 ) -> None:
-    with pytest.raises(InputError, match=rf"made with {fault}"):
-        train(make(**settings), data(), max_epochs=2, ckpt_path=saved)
+    whole, ours, cut = Watch(), data(), data(micro_batch_size=samples)
+    train(make(), ours, whole, max_epochs=2)
+    for step in (1, 2, STEPS, STEPS + 1):
+        rest, start = Watch(), saved.with_name(checkpoint.step_path(saved, step).name)
+        train(
+            make(),
+            cut,
+            Continuation(cut.place_after),
+            rest,
+            max_epochs=2,
+            accumulate_grad_batches=accumulate,
+            ckpt_path=start,
+        )
+        # fp32 sums in another order; Adam makes of them what it may at a rate as high as this one.
+        assert rest.losses == pytest.approx(whole.losses[step:], rel=1e-4)
+        assert rest.losses[0] == pytest.approx(whole.losses[step], rel=1e-6)
 
 
-def test_a_checkpoint_of_another_base_is_refused(saved: Path, make: Make, data: MakeData, tmp_path: Path) -> None:
-    other = tiny_base(tmp_path / "other", seed=1)
-    with pytest.raises(InputError, match="made with fingerprint"):
-        train(make(base=str(other)), data(), max_epochs=2, ckpt_path=saved)
+# What may not change --------------------------------------------------------------------------------------------------
+
+
+TAKEABLE: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("model.quantize", {"quantize": "nf4"}, {}, "made with none, this run has nf4"),
+    ("model.lora.alpha", {"lora": replace(LORA, alpha=16)}, {}, "made with 8, this run has 16"),
+    ("model.lora.dropout", {"lora": replace(LORA, dropout=0.1)}, {}, "made with 0.0, this run has 0.1"),
+    ("model.learning_rate", {"learning_rate": 0.002}, {}, "made with 0.01, this run has 0.002"),
+    ("model.weight_decay", {"weight_decay": 0.1}, {}, "made with 0.0, this run has 0.1"),
+    ("model.warmup", {"warmup": 2}, {}, "made with 0.03, this run has 2"),
+    ("model.schedule", {"schedule": "linear"}, {}, "made with cosine, this run has linear"),
+    ("trainer.precision", {}, {"precision": "bf16-mixed"}, "made with 32-true, this run has bf16-mixed"),
+    ("trainer.gradient_clip_val", {}, {"gradient_clip_val": 0.5}, "made with 1.0, this run has 0.5"),
+    (
+        "trainer.gradient_clip_algorithm",
+        {},
+        {"gradient_clip_algorithm": "value"},
+        "made with None, this run has value",
+    ),
+]
+FIXED: list[tuple[str, dict[str, Any], str]] = [
+    ("model.method", {"method": "fft"}, "made with lora, this run has fft"),
+    ("model.lora.rank", {"lora": replace(LORA, rank=8)}, "made with 4, this run has 8"),
+    ("model.lora.targets", {"lora": replace(LORA, targets=["q_proj"])}, "this run has ['q_proj']"),
+    ("model.lora.bias", {"lora": replace(LORA, bias="all")}, "made with none, this run has all"),
+    ("model.lora.variant", {"lora": replace(LORA, variant="dora")}, "made with lora, this run has dora"),
+    ("model.optimizer", {"optimizer": "sgd"}, "made with adamw, this run has sgd"),
+]
+
+
+def going_on(module: LlamaTuner, data: InstructData, path: Path, **settings: Any) -> None:
+    train(module, data, Continuation(data.place_after), max_epochs=2, ckpt_path=path, **settings)
+
+
+@pytest.mark.parametrize(("name", "change", "trainer", "said"), TAKEABLE, ids=[case[0] for case in TAKEABLE])
+def test_a_changed_setting_is_refused_by_name_or_taken_if_allowed(
+    saved: Path, make: Make, data: MakeData, name: str, change: dict[str, Any], trainer: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        going_on(make(**change), data(), saved, **trainer)
+    assert str(refused.value).startswith(f"{name}: the checkpoint was ")
+    assert said in str(refused.value)
+    assert f"--allow_changed {name}" in str(refused.value)
+    module = make(**change)
+    module.allow_changed = [name]
+    going_on(module, data(), saved, **trainer)
+
+
+@pytest.mark.parametrize(("name", "change", "said"), FIXED, ids=[case[0] for case in FIXED])
+def test_a_setting_that_the_checkpoint_is_shaped_by_is_never_taken(
+    saved: Path, make: Make, data: MakeData, name: str, change: dict[str, Any], said: str
+) -> None:
+    module = make(**change)
+    module.allow_changed = [name, "model.learning_rate"]
+    with pytest.raises(InputError) as refused:
+        going_on(module, data(), saved)
+    assert str(refused.value).startswith(f"{name}: the checkpoint was ")
+    assert said in str(refused.value)
+    assert "--allow_changed" not in str(refused.value)
+
+
+def test_every_setting_is_one_or_the_other(saved: Path, make: Make, data: MakeData) -> None:
+    settings = checkpoint.read(saved)["lit_tune"]["settings"]
+    cases = {case[0] for case in TAKEABLE} | {case[0] for case in FIXED} | {"model.base"}
+    assert settings.keys() == cases
+    assert set(llama.FIXED_SETTINGS) == {case[0] for case in FIXED}
+
+
+def test_another_base_is_refused_or_taken(saved: Path, make: Make, data: MakeData, tmp_path: Path) -> None:
+    other = str(tiny_base(tmp_path / "other", seed=1))
+    with pytest.raises(
+        InputError, match=r"^model\.base: the checkpoint was made with weights .*, this run has weights"
+    ):
+        going_on(make(base=other), data(), saved)
+    module = make(base=other)
+    module.allow_changed = ["model.base"]
+    going_on(module, data(), saved)
 
 
 def test_a_checkpoint_knows_its_base_wherever_that_lies(
     saved: Path, make: Make, data: MakeData, tmp_path: Path
 ) -> None:
-    moved, watch = tiny_base(tmp_path / "moved"), Watch()
-    train(make(base=str(moved)), data(), watch, max_epochs=2, ckpt_path=saved)
-    assert len(watch.losses) == STEPS
+    moved = tiny_base(tmp_path / "moved")
+    going_on(make(base=str(moved)), data(), saved)
+
+
+def test_how_it_trains_does_not_matter_to_a_validation(saved: Path, make: Make, data: MakeData) -> None:
+    module = make(learning_rate=1.0, weight_decay=0.5)
+    trainer = make_trainer(gradient_clip_val=None)
+    trainer.validate(module, datamodule=data(val_path=data().path), ckpt_path=str(saved), verbose=False)
+    with pytest.raises(InputError, match=r"model\.lora\.rank"):
+        trainer.validate(make(lora=replace(LORA, rank=8)), datamodule=data(), ckpt_path=str(saved), verbose=False)
+
+
+# A rate that changes on the way ---------------------------------------------------------------------------------------
+
+
+class Rates(Callback):
+    """Record the learning rates and weight decays that the optimizer's steps are made with."""
+
+    def __init__(self) -> None:
+        self.rates: list[list[float]] = []
+        self.decays: list[list[float]] = []
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+        self.decays.append([group["weight_decay"] for group in optimizer.param_groups])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_unchanged_the_rates_are_the_same_bits(
+    make: Make, data: MakeData, tmp_path: Path, schedule: str, warmup: int
+) -> None:
+    settings: dict[str, Any] = {"schedule": schedule, "warmup": warmup, "learning_rate": 1.1e-3}
+    whole, ours = Rates(), data()
+    train(make(**settings), ours, *saving(tmp_path, ours), whole, max_epochs=2)
+    for step in (2, STEPS):
+        rest, again = Rates(), data()
+        start = checkpoint.step_path(tmp_path, step)
+        train(make(**settings), again, Continuation(again.place_after), rest, max_epochs=2, ckpt_path=start)
+        assert rest.rates == whole.rates[step:]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.learning_rate", {"learning_rate": 0.002}),
+        ("model.schedule", {"schedule": "linear"}),
+        ("model.warmup", {"warmup": 5}),
+    ],
+)
+def test_a_change_that_is_taken_holds_from_the_next_step_on(
+    saved: Path, make: Make, data: MakeData, name: str, change: dict[str, Any]
+) -> None:
+    fresh, rest = Rates(), Rates()
+    train(make(**change), data(), fresh, max_epochs=2)  # a run that had it from the beginning
+    module, ours = make(**change), data()
+    module.allow_changed = [name]
+    train(module, ours, Continuation(ours.place_after), rest, max_epochs=2, ckpt_path=saved)
+    assert rest.rates == fresh.rates[STEPS:]
+
+
+def test_a_longer_run_follows_the_schedule_of_its_new_length(saved: Path, make: Make, data: MakeData) -> None:
+    fresh, rest, ours = Rates(), Rates(), data()
+    train(make(), data(), fresh, max_epochs=4)
+    train(make(), ours, Continuation(ours.place_after), rest, max_epochs=4, ckpt_path=saved)
+    assert rest.rates == fresh.rates[STEPS:]
+
+
+def test_a_weight_decay_that_is_taken_holds_for_matrices_alone(make: Make, data: MakeData, tmp_path: Path) -> None:
+    ours = data()
+    train(make(method="fft"), ours, *saving(tmp_path, ours), max_epochs=2)
+    rest, module, again = Rates(), make(method="fft", weight_decay=0.1), data()
+    module.allow_changed = ["model.weight_decay"]
+    start = checkpoint.step_path(tmp_path, STEPS)
+    train(module, again, Continuation(again.place_after), rest, max_epochs=2, ckpt_path=start)
+    assert rest.decays == [[0.1, 0.0]] * STEPS
