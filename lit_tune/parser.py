@@ -121,6 +121,12 @@ class TuneParser(LightningArgumentParser):
         return settings
 
     @override
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Namespace:
+        with refusals():  # such as a logger whose package is not installed
+            made: Namespace = super().instantiate_classes(*args, **kwargs)
+        return made
+
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line, with the nearest right setting where one is unknown, and exit with 2."""
         parser: TuneParser = getattr(ex, "subcommand_parser", None) or self

@@ -292,7 +292,7 @@ class TuneCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in config["callbacks"] or []):
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in _as_list(config["callbacks"])):
             raise InputError(
                 "trainer.callbacks: GradientAccumulationScheduler changes the samples of an optimizer step during the "
                 "run; set trainer.accumulate_grad_batches or data.global_batch_size."
@@ -303,7 +303,7 @@ class TuneCLI(LightningCLI):
                     f"trainer.{name} is {config[name]}: it would cut epochs where no checkpoint could go on; "
                     "set data.limit for fewer records, or trainer.max_steps for a shorter run."
                 )
-        config["callbacks"] = [*(config["callbacks"] or []), *self._own_callbacks(config)]
+        config["callbacks"] = [*_as_list(config["callbacks"]), *self._own_callbacks(config)]
         writer = checkpoint.AtomicCheckpointIO(asynchronous=self._checkpoint.asynchronous)
         config["plugins"] = [*_as_list(config["plugins"]), writer]
         if config["logger"] in (None, True):
@@ -351,7 +351,7 @@ class TuneCLI(LightningCLI):
             name=self.directory.name,
             version="",
             default_hp_metric=False,
-            purge_step=first_step or None,
+            purge_step=first_step,  # NOTE: at 0, too: TensorBoard takes a run's first mark of a start for no restart
         )
         return [board, MetricsCsv(self.directory, first_step=first_step)]
 
@@ -420,8 +420,9 @@ class TuneCLI(LightningCLI):
         with refusals((MisconfigurationException,)):
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
         if self.trainer.is_global_zero and self.directory is not None:
-            save_result(model, datamodule, self.directory / RESULT, precision=str(self.trainer.precision))
             self._log_hyperparameters()
+            # Last: it is what tells a finished run from one that is to be continued.
+            save_result(model, datamodule, self.directory / RESULT, precision=str(self.trainer.precision))
             print_summary(self.console, self._summary())
 
     def _announce(self) -> None:
@@ -448,7 +449,7 @@ class TuneCLI(LightningCLI):
 
     def _log_hyperparameters(self) -> None:
         """Put the settings and the final metrics into TensorBoard's HParams tab."""
-        # By names of their own: points of the curves they are not.
+        # By names of their own and behind the curves, of which they are no points; there a continued run drops them.
         metrics: dict[str, float] = {}
         if self.epochs.epoch_losses:
             metrics["final/train_epoch_loss"] = self.epochs.epoch_losses[-1]
@@ -462,7 +463,7 @@ class TuneCLI(LightningCLI):
         }
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(redact(settings), metrics, step=self.trainer.global_step - 1)
+                logger.log_hyperparams(redact(settings), metrics, step=self.trainer.global_step)
                 logger.finalize("success")  # it has opened its file again
 
     def _summary(self) -> RunSummary:

@@ -17,6 +17,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )
+from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 from lit_tune import checkpoint, lock, recipes, run, runs
 from lit_tune.callbacks import stop
@@ -29,6 +30,15 @@ from tests.tiny_run import lit_tune, write_records
 
 EPOCHS = 2
 STEPS = 5  # of 4 samples in an epoch of 19
+
+
+@pytest.fixture(autouse=True)
+def sorted_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number the event files of this process so that TensorBoard, which sorts by name, reads 9 before 10.
+
+    Files of different processes are in order by their second.
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
 
 
 @pytest.fixture
@@ -236,7 +246,7 @@ def test_the_last_row_has_all_of_the_last_step_and_the_final_figures_are_apart(t
     assert not any(name.startswith("final/") for name in rows[-1])
     for final, column in (("final/train_epoch_loss", "train/epoch_loss"), ("final/val_loss", "val/loss")):
         ((step, value),) = scalars("lora", final)
-        assert step == len(rows) - 1
+        assert step == len(rows)  # behind the curves
         assert value == pytest.approx(float(rows[-1][column]), rel=1e-6)
         assert len(scalars("lora", column)) == EPOCHS
 
@@ -422,6 +432,29 @@ def test_a_run_goes_on_in_another_cut_of_its_global_batch(tiny: list[str], batch
     assert table("parts")[:3] == table("whole")[:3]
 
 
+def test_a_checkpoint_never_knows_more_than_the_logs_on_the_disk(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write: Callable[..., None] = checkpoint.write
+    logged: list[tuple[int, int, int]] = []  # steps of the checkpoint, of the table, of the curve
+
+    def look(content: dict[str, Any], path: Path) -> None:
+        logged.append((content["global_step"], len(losses("lora")), len(scalars("lora", "train/loss"))))
+        write(content, path)
+
+    monkeypatch.setattr(checkpoint, "write", look)
+    assert lit_tune("fit", *tiny, "--checkpoint.every_n_steps", "2") == 0
+    assert logged == [(step, step, step) for step in (2, 4, 5, 6, 8, 10)]
+
+
+def test_the_background_is_a_setting(tiny: list[str]) -> None:
+    for wanted in ("true", "false"):
+        built = run.build([*tiny, "--checkpoint.asynchronous", wanted], description="")
+        writer = built.trainer.strategy.checkpoint_io
+        assert isinstance(writer, checkpoint.AtomicCheckpointIO)
+        assert writer.asynchronous is (wanted == "true")
+
+
 def test_saved_in_the_background_a_run_goes_on_the_same(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [*tiny, "--data.val_fraction", "0.05"]
     assert lit_tune("fit", *settings, "--name", "whole") == 0
@@ -480,6 +513,7 @@ def test_a_finished_run_whose_result_is_missing_gets_it(
     assert (home / "metrics.csv").read_bytes() == rows
     assert json.loads((home / "result/run.json").read_text()) == {"optimizer_steps": EPOCHS * STEPS}
     assert "is finished" not in capsys.readouterr().out
+    assert len(scalars("lora", "final/train_epoch_loss")) == 1
     assert lit_tune("fit", *tiny, "--ckpt_path", "last") == 0
     assert "is finished" in capsys.readouterr().out
 

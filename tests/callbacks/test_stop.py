@@ -354,6 +354,16 @@ def test_a_run_ends_before_its_time_is_up(run: Run, limit_s: float, last_step: i
     assert working.clock.now - 100.0 <= limit_s
 
 
+def test_the_next_step_may_take_as_long_as_the_longest_did(run: Run) -> None:
+    stop, working = timed(run, limit_s=145)  # 60 and 20 s for two steps, 60 for another, 5 to end
+
+    def take_longer() -> None:
+        working.clock.now += 40
+
+    run.stopped(working, At("train_batch_start", 1, take_longer), stop=stop)
+    assert run.saved == [step_path(run.directory, 2)]
+
+
 def test_the_time_runs_from_the_beginning_of_the_process(run: Run) -> None:
     stop, working = timed(run, limit_s=1065, preparing_s=1000)
     run.stopped(working, stop=stop)

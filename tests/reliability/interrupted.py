@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,6 +203,7 @@ class Workshop:
     ) -> Ended:
         """Start the run in `directory`, or continue it if it has a checkpoint, and wait until it ends."""
         going_on = has_checkpoint(directory)
+        let_second_pass(directory)
         log = fresh_log(directory)
         job = Job(
             arguments(kind, directory, *more),
@@ -264,6 +266,18 @@ def arguments(kind: str, directory: Path, *more: str) -> list[str]:
 def fresh_log(directory: Path) -> Path:
     """Return the file for rank 0's output of the next start."""
     return directory / f"log-{len(list(directory.glob('log-*.0')))}.0"
+
+
+def let_second_pass(directory: Path) -> None:
+    """Wait until no file of curves has been made in this second.
+
+    NOTE: TensorBoard reads a run's files in the order of the second that they were made in, then of the process id,
+    which begins anew one day. A real process takes longer than that to import.
+    """
+    files = (directory / "runs").glob("*/events.out.tfevents.*")
+    newest = max((int(file.name.split(".")[3]) for file in files), default=0)
+    while int(time.time()) <= newest:
+        time.sleep(0.02)
 
 
 def check_log(log: Path, *, going_on: bool, code: int) -> None:

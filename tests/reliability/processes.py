@@ -48,7 +48,7 @@ class Command:
         return [pid for _, _, pid in sorted(members)]
 
     def send(self, number: int, rank: int | None) -> None:
-        """Send a signal to a rank, or to all."""
+        """Send a signal to a rank, or to all; -1 is the one that was started last, so far."""
         with suppress(ProcessLookupError, IndexError):
             if rank is None:
                 os.killpg(self._process.pid, number)

@@ -183,6 +183,7 @@ DEVICES = {
     "steps below none": Fault(["--trainer.max_steps", "-5"], ["trainer", "max_steps", "-5"]),
     "a time that is none": Fault(["--trainer.max_time", "soon"], ["trainer", "'soon'", "DD:HH:MM:SS"]),
     "another checkpoint writer": Fault(["--trainer.plugins", "TorchCheckpointIO"], ["trainer", "CheckpointIO"]),
+    "Lightning's own checkpoints": Fault(["--trainer.callbacks", "ModelCheckpoint"], ["trainer", "ModelCheckpoint"]),
     "no logging where we log": Fault(["--trainer.barebones", "true"], ["trainer", "barebones"]),
 }
 MODELS = {

@@ -197,7 +197,7 @@ def kill_one_command(shop: Workshop, number: int, tally: Tally) -> None:
             if moments.random() < 0.75:
                 command.wait_until(lambda command=command: "Run runs/" in command.log.read_text())  # type: ignore[misc]
             command.pause(moments.uniform(0, 2))
-            command.send(signal.SIGKILL, moments.choice([0, ranks - 1, None]) if ranks > 1 else 0)
+            command.send(signal.SIGKILL, moments.choice([0, -1, None]))  # rank 0, the last one, or all
             code, outlived = command.wait(timeout_s=ALL_GONE_S)
             if outlived:
                 raise DivergenceError(f"{outlived} processes outlived a killed rank: {directory}")
