@@ -19,7 +19,10 @@ def hold(directory: Path) -> IO[str]:
     Raises:
         InputError: Another process has it.
     """
-    stream = (directory / FILE).open("a+")
+    try:
+        stream = (directory / FILE).open("a+")
+    except OSError as error:
+        raise InputError(f"{directory}: a run must be able to write there ({error.strerror}).") from error
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -152,4 +152,5 @@ class Samples(Callback):
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         for board in boards:
             for index, (prompt, answer) in enumerate(zip(self.prompts, self.history[-1][1], strict=True)):
-                board.experiment.add_text(f"samples/{index}", sample_markdown(prompt, answer), step)
+                # Numbered as the step that led to them, like its loss: a run that goes on keeps what lies before.
+                board.experiment.add_text(f"samples/{index}", sample_markdown(prompt, answer), max(step - 1, 0))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -298,6 +299,9 @@ class InstructData(LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        trainer: Any = self.trainer
+        if getattr(trainer, "state", None) is not None and trainer.state.fn != TrainerFn.FITTING:
+            return  # a checkpoint may be measured on any records
         saved: Mapping[str, Setting] = state_dict["settings"]
         now = self.settings()
         allowed = set(self.allow_changed)

@@ -106,7 +106,7 @@ def test_answers_are_text_in_tensorboard(tmp_path: Path) -> None:
     tags = [f"samples/{index}/text_summary" for index in (0, 1)]
     assert set(tags) <= set(events.Tags()["tensors"])
     shown = events.Tensors(tags[1])
-    assert [event.step for event in shown] == [0, 4]
+    assert [event.step for event in shown] == [0, 3]
     last = shown[-1].tensor_proto.string_val[0].decode()
     assert last == sample_markdown("a longer prompt", samples.history[-1][1][1])
 
