@@ -179,7 +179,7 @@ def impossible(settings: Namespace) -> str | None:
         least, most = RANGES.get(key, (-math.inf, math.inf))
         if isinstance(value, int | float) and not least <= value <= most:
             bounds = f"{least} or more" if most == math.inf else f"between {least} and {most}"
-            return f"{key} is {value}; it must be {bounds}."
+            return f"{key} is {value:.15g}; it must be {bounds}."
     return None
 
 

@@ -18,6 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 10.0  # for a handler to run
 PATIENCE_S = 15.0  # for rank 0 to end first
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LAUNCHER = "LIT_TUNE_LAUNCHER"  # tells a launched rank the process id of rank 0
 
 heard = threading.Event()  # set by every handler of ours
 
@@ -29,10 +30,14 @@ def is_launched() -> bool:
 
 def end_with_parent() -> None:
     """Have the kernel kill this process when the rank 0 that launched it is gone, however it went."""
-    if is_launched():
-        prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
-        if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not is_launched():
+        os.environ[_LAUNCHER] = str(os.getpid())
+        return
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get(_LAUNCHER) not in (None, str(os.getppid())):  # gone before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_if_stuck(end: Callable[[int], None]) -> None:

@@ -40,12 +40,18 @@ class Command:
 
     def ranks(self) -> list[int]:
         """Return the ids of the run's processes that live, the one that was started first."""
+        # An import has `ldconfig` run for a moment: whose death would end nothing.
+        return [pid for pid, command in self.members().items() if "lit_tune" in command]
+
+    def members(self) -> dict[int, str]:
+        """Return the ids and commands of all processes of the group that live, the one that was started first."""
         members = []
-        for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        for process in psutil.process_iter():
             with suppress(psutil.Error, ProcessLookupError):
                 if os.getpgid(process.pid) == self._process.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    members.append((process.pid != self._process.pid, process.create_time(), process.pid))
-        return [pid for _, _, pid in sorted(members)]
+                    is_later = process.pid != self._process.pid
+                    members.append((is_later, process.create_time(), process.pid, " ".join(process.cmdline())))
+        return {pid: command for _, _, pid, command in sorted(members)}
 
     def send(self, number: int, rank: int | None) -> None:
         """Send a signal to a rank, or to all; -1 is the one that was started last, so far."""
@@ -66,16 +72,16 @@ class Command:
             time.sleep(POLL_S)
         return held
 
-    def wait(self, *, timeout_s: float) -> tuple[int, int]:
-        """Wait for the end; return the exit code, and how many processes had to be killed after the time allowed."""
+    def wait(self, *, timeout_s: float) -> tuple[int, list[str]]:
+        """Wait for the end; return the exit code, and the processes that had to be killed after the time allowed."""
         deadline = time.monotonic() + timeout_s
         while self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        while (left := self.ranks()) and time.monotonic() < deadline:
+        while (left := self.members()) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         if left:
             os.killpg(self._process.pid, signal.SIGKILL)
-        return self._process.wait(), len(left)
+        return self._process.wait(), [f"{pid} {command}" for pid, command in left.items()]
 
 
 def imports_torch(pid: int) -> bool:

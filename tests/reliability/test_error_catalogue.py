@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -69,6 +70,8 @@ def hub_says(fault: str) -> SetUp:
             kind = getattr(huggingface_hub.errors, fault)
             raise kind.__new__(kind)  # made without the hub's response
 
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
 

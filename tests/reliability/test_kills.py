@@ -200,7 +200,7 @@ def kill_one_command(shop: Workshop, number: int, tally: Tally) -> None:
             command.send(signal.SIGKILL, moments.choice([0, -1, None]))  # rank 0, the last one, or all
             code, outlived = command.wait(timeout_s=ALL_GONE_S)
             if outlived:
-                raise DivergenceError(f"{outlived} processes outlived a killed rank: {directory}")
+                raise DivergenceError(f"outlived a killed rank: {outlived}, in {directory}")
             check_log(command.log, going_on=going_on, code=code)
             if code == 0:
                 break
