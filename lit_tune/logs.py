@@ -6,7 +6,10 @@ Lightning's own CSVLogger deletes the file of a run that goes on and writes seve
 from __future__ import annotations
 
 import csv
+import os
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,7 @@ class MetricsCsv(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         number = str(step or 0)
         if self._pending.get("step") not in (None, number):
-            self.flush()
+            self._write_pending()
         values = {name: f"{float(value):.9g}" for name, value in metrics.items()}
         self._pending |= {"step": number} | values
 
@@ -77,15 +80,25 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def flush(self) -> None:
-        """Write the row under way; only between two steps, when nothing is to be added to it.
+        """Bring all rows to the disk; only between two steps, when nothing is to be added to the last one.
 
         Raises:
             SaveError: The disk is full, read-only or gone.
         """
-        if not self._pending:
-            return
+        self._write_pending()
+        if self._columns:
+            with self._told(), self.path.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+    def _write_pending(self) -> None:
+        if self._pending:
+            with self._told():
+                self._write_row()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            self._write_row()
+            yield
         except OSError as error:
             raise SaveError(f"{self.path}: the metrics could not be written ({error.strerror}).") from error
 
@@ -120,6 +133,8 @@ class MetricsCsv(Logger):
             writer = csv.DictWriter(stream, self._columns)
             writer.writeheader()
             writer.writerows(rows)
+            stream.flush()
+            os.fsync(stream.fileno())
         partial.replace(self.path)
 
 

@@ -45,6 +45,13 @@ def test_a_process_that_is_killed_holds_it_no_more(tmp_path: Path) -> None:
         lock.hold(tmp_path).close()
 
 
+def test_where_nothing_can_be_written_the_place_and_reason_are_told(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    with pytest.raises(InputError) as refused:
+        lock.hold(missing)
+    assert str(refused.value) == f"{missing}: a run must be able to write there (No such file or directory)."
+
+
 def test_closed_it_is_free_for_the_same_process(tmp_path: Path) -> None:
     first = lock.hold(tmp_path)
     with pytest.raises(InputError, match=f"process {os.getpid()} on "):

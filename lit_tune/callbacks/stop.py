@@ -17,6 +17,7 @@ from lit_tune.errors import Interrupted
 from lit_tune.signals import SIGNALS, heard
 
 ENDING_S = 5.0  # what it takes to end beside saving
+_TIME_IS_UP = 100  # among signals, and above their numbers
 
 
 class GracefulStop(Callback):
@@ -91,11 +92,14 @@ class GracefulStop(Callback):
     def _agreed(self, trainer: Trainer) -> int:
         """Return the signal that any rank received, 0 for none; the same on all ranks, so that all stop together."""
         if not self.received and self._time_is_up():
-            self._reason, self.received = "--time-limit", signal.SIGTERM
-        if trainer.world_size == 1:
-            return self.received
-        flag = torch.tensor(float(self.received), device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(flag, reduce_op="max"))
+            self.received = _TIME_IS_UP
+        agreed = self.received
+        if trainer.world_size > 1:
+            flag = torch.tensor(float(agreed), device=trainer.strategy.root_device)
+            agreed = int(trainer.strategy.reduce(flag, reduce_op="max"))
+        if agreed == _TIME_IS_UP:
+            self._reason, agreed = "--time-limit", signal.SIGTERM
+        return agreed
 
     def _time_is_up(self) -> bool:
         """Say whether another step as long as the longest, and saving, would take too long."""

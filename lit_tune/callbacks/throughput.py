@@ -99,8 +99,8 @@ class Throughput(Callback):
     """Log tokens, supervised tokens and samples a second, and the samples seen since the run's start.
 
     Counted over all devices: real tokens, never padding. The rates are those of the last `window` optimizer steps, the
-    first step left out; validation and checkpoints do not count as time. It goes before all other callbacks, so that
-    what they do at an epoch's end does not count either.
+    first step left out; validation and checkpoints do not count as time, nor does what callbacks behind this
+    one do at an epoch's end.
 
     Args:
         window: Number of optimizer steps that a rate is measured over.

@@ -322,6 +322,18 @@ def test_settled_a_checkpoint_is_the_newest_of_its_run(run: Path) -> None:
     assert saved_steps(run) == [2]
 
 
+def test_a_damaged_newest_checkpoint_gives_way_to_what_is_made_after_the_one_before(run: Path) -> None:
+    (run / "checkpoints").mkdir(parents=True)
+    for step in (3, 6, 9):
+        write({"global_step": step}, step_path(run, step))
+    step_path(run, 9).write_bytes(b"damaged")
+    for step in (7, 8):  # the run goes on from 6
+        write({"global_step": step}, step_path(run, step))
+        settle(step_path(run, step), improved=False, keep_last=2)
+        assert all(is_intact(path) for path in step_checkpoints(run))
+    assert saved_steps(run) == [7, 8]
+
+
 # The best -------------------------------------------------------------------------------------------------------------
 
 

@@ -445,3 +445,30 @@ def test_without_a_signal_ranks_ask_each_other_once_a_step() -> None:
     rank = FakeRank(other=0)
     assert micro_batches_until_stopped(rank, [True, False, True, False]) == (4, [])
     assert rank.asked == 2
+
+
+def test_the_time_of_another_rank_is_the_reason_of_all() -> None:
+    checkpoint: Any = SimpleNamespace(newest=None, longest_save_s=0.0, save=lambda *_, **__: None, wait=lambda _: None)
+    module: Any = None
+    sent: list[int] = []
+
+    def stopped_by(other: int, **settings: Any) -> str:
+        trainer: Any = FakeRank(other)
+        reduce = trainer.strategy.reduce
+
+        def noted(flag: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            sent.append(int(flag))
+            reduced: torch.Tensor = reduce(flag, reduce_op)
+            return reduced
+
+        trainer.strategy.reduce = noted
+        stop = GracefulStop(checkpoint, **settings)
+        stop.on_train_start(trainer, module)
+        with pytest.raises(Interrupted) as interruption:
+            stop.on_train_batch_start(trainer, module, {"first_of_step": True}, 0)
+        assert interruption.value.exit_code == 143
+        return str(interruption.value)
+
+    assert stopped_by(0, time_limit_s=1.0, started=-1000.0) == "stopped by --time-limit"
+    assert stopped_by(sent[0]) == "stopped by --time-limit"
+    assert stopped_by(signal.SIGTERM) == "stopped by SIGTERM"

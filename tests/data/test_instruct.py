@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
 from lit_tune.data.instruct import InstructData, Prepared, bundled_sample, content_digest, last_prompt, split
@@ -563,6 +564,17 @@ def test_other_records_are_refused_wherever_they_lie(path: str, tmp_path: Path, 
     data.load_state_dict(state)
     moved = prepared(path=write_records(tmp_path / "moved.jsonl"))
     moved.load_state_dict(state)
+
+
+@pytest.mark.parametrize("function", [TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING])
+def test_a_checkpoint_may_be_measured_on_other_records(path: str, tmp_path: Path, function: TrainerFn) -> None:
+    state = prepared(path=path).state_dict()
+    other = prepared(path=write_records(tmp_path / "edited.jsonl", output="yes!"), max_length=299)
+    trainer: Any = other.trainer
+    trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
+    assert refusal(lambda: other.load_state_dict(state)).startswith("data.")
+    trainer.state.fn = function
+    other.load_state_dict(state)
 
 
 def test_another_global_batch_is_counted_anew_if_taken(path: str) -> None:
