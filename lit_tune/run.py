@@ -50,6 +50,7 @@ from lit_tune.quiet import quieten
 from lit_tune.redact import redact
 from lit_tune.result import save_result, steps_of
 from lit_tune.runs import RUNS, check_name, fresh_name, last_checkpoint, make_directory, run_of, runs_named, shown
+from lit_tune.signals import is_launched
 
 RESULT = "result"
 CONFIG = "config.yaml"
@@ -74,6 +75,11 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 def is_main_process() -> bool:
     """Tell whether this is the process that speaks and decides: rank 0, or the only one."""
     return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def _handed_down(variable: str) -> str | None:
+    """Return what the rank 0 that launched this process has decided; None where none did."""
+    return os.environ.get(variable) if is_launched() else None
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -250,7 +256,7 @@ class TuneCLI(LightningCLI):
 
     def _find_checkpoint(self, root: Path, name: str) -> None:
         """Turn `--ckpt_path last`, `best` or a path into the path of an intact checkpoint."""
-        given = os.environ.get(CHECKPOINT_VARIABLE) or str(self.settings["ckpt_path"])
+        given = _handed_down(CHECKPOINT_VARIABLE) or str(self.settings["ckpt_path"])
         if given == "last":
             path, damaged = last_checkpoint(root, name)
             for bad in damaged:
@@ -269,7 +275,7 @@ class TuneCLI(LightningCLI):
         """Choose the run's directory and make it, on rank 0; a continued run keeps its own."""
         if self.resumed_from is not None:
             directory = run_of(self.resumed_from)
-        elif given := os.environ.get(NAME_VARIABLE):
+        elif given := _handed_down(NAME_VARIABLE):
             return root / given
         elif is_main_process():
             directory = make_directory(root, name)
