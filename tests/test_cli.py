@@ -439,9 +439,7 @@ def test_too_little_disk_is_told_before_the_run(refusal: Refusal, monkeypatch: p
 
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m lit_tune` as a user does."""
-    ours = ("LIT_TUNE_RUN_NAME", "LIT_TUNE_CKPT_PATH", "PL_GLOBAL_SEED")  # left by runs in this process
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment |= {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lit_tune", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
 

@@ -790,6 +790,12 @@ def test_every_recipe_builds(name: str, working_directory: Path) -> None:
     assert list(working_directory.iterdir()) == []
 
 
+def test_a_run_started_by_another_ones_process_has_a_name_of_its_own(tiny: list[str]) -> None:
+    for name in ("first", "second"):
+        assert lit_tune("fit", *tiny, "--name", name) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["first", "second"]
+
+
 def test_a_run_is_named_after_its_recipe(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert lit_tune("fit", "--config", "demo.yaml", *tiny, "--data.limit", "null") == 0
     assert [path.name for path in Path("runs").iterdir()] == ["demo"]

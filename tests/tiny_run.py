@@ -1,7 +1,6 @@
 """Whole runs on the tiny base: by Lightning's Trainer, or by the `lit-tune` command within the test's process."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,8 +114,6 @@ def train(
 
 def lit_tune(*arguments: str) -> int:
     """Run a command of `lit-tune` in this process and return its exit code."""
-    for variable in ("LIT_TUNE_RUN_NAME", "LIT_TUNE_CKPT_PATH"):  # a process runs one command, a test several
-        os.environ.pop(variable, None)
     command: Callable[[], None] = lambda: cli.run(list(arguments))  # noqa: E731
     try:
         return cli.exit_code(command)
