@@ -8,6 +8,8 @@ key                type                meaning
 input_ids          int64 [B, T]        token ids; B is 1 when packed
 labels             int64 [B, T]        the token ids again, -100 where not supervised; unshifted, as in transformers;
                                        the first of every sample is never supervised
+positions          int64 [S]           where a supervised token is predicted (the place before it), through all rows
+targets            int64 [S]           the ids of those tokens
 position_ids       int64 [B, T]        positions, starting at 0 in every sample
 cu_seqlens         int32 [S + 1]       packed only: start of each of S samples in the row, then the row's end
 longest            int                 packed only: length of the longest sample
@@ -42,9 +44,15 @@ def collate(samples: Sequence[Sample], *, packing: bool, pad_token_id: int) -> d
     """Make the tensors of one micro-batch; no samples give a filler that costs one token and trains nothing."""
     rows = samples or [(np.array([pad_token_id]), np.array([IGNORED]))]
     batch = _pack(rows) if packing else _pad(rows, pad_token_id)
-    supervised = int((batch["labels"] != IGNORED).sum())
-    tokens = sum(len(ids) for ids, _ in samples)
-    return batch | {"num_tokens": tokens, "num_supervised": supervised, "num_samples": len(samples)}
+    labels = batch["labels"].flatten()  # a row's first label is never supervised
+    supervised = (labels != IGNORED).nonzero().squeeze(1)
+    return batch | {
+        "positions": supervised - 1,
+        "targets": labels[supervised],
+        "num_tokens": sum(len(ids) for ids, _ in samples),
+        "num_supervised": len(supervised),
+        "num_samples": len(samples),
+    }
 
 
 def _pack(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -266,7 +266,8 @@ class LlamaTuner(LightningModule):
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **packed
             ).last_hidden_state
             head = model.get_output_embeddings()
-            return nll_sum(hidden_BTD, batch["labels"], head, vocabulary=model.config.get_text_config().vocab_size)
+            vocabulary = model.config.get_text_config().vocab_size
+            return nll_sum(hidden_BTD, batch["positions"], batch["targets"], head, vocabulary=vocabulary)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -18,23 +18,23 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 # B rows, T tokens, D hidden size, S supervised positions, V vocabulary
-IGNORED = -100
 MAX_LOGITS_BYTES = 256 * 1024**2
 
 
-def nll_sum(hidden_BTD: Tensor, labels_BT: Tensor, head: Callable[[Tensor], Tensor], *, vocabulary: int) -> Tensor:
+def nll_sum(
+    hidden_BTD: Tensor, positions_S: Tensor, targets_S: Tensor, head: Callable[[Tensor], Tensor], *, vocabulary: int
+) -> Tensor:
     """Return the sum of the cross-entropies (nats, fp32 scalar) of all supervised tokens.
 
     Args:
-        hidden_BTD: Last hidden states; position t predicts token t + 1.
-        labels_BT: Token ids, unshifted, -100 where not supervised.
+        hidden_BTD: Last hidden states.
+        positions_S: Where a supervised token is predicted (the place before its own), counted through all rows. Given
+            rather than found here: to find them would have the host wait for the device.
+        targets_S: The ids of those tokens.
         head: Maps [n, D] hidden states to [n, V] logits.
         vocabulary: V; sets how many positions make a chunk.
     """
-    targets_BT = labels_BT[:, 1:]
-    supervised_BT = targets_BT != IGNORED
-    hidden_SD = hidden_BTD[:, :-1][supervised_BT]
-    targets_S = targets_BT[supervised_BT]
+    hidden_SD = hidden_BTD.flatten(0, 1).index_select(0, positions_S)
     rows = max(1, MAX_LOGITS_BYTES // (4 * vocabulary))  # fp32 logits: 4 bytes each
     if len(targets_S) <= rows:
         return _chunk_nll(hidden_SD, targets_S, head)

@@ -26,6 +26,8 @@ def test_packed_samples_lie_in_one_row() -> None:
         "position_ids": [[0, 1, 2, 0, 1]],
         "cu_seqlens": [0, 3, 5],
         "longest": 3,
+        "positions": [1, 3],
+        "targets": [9, 8],
         "num_tokens": 5,
         "num_supervised": 2,
         "num_samples": 2,
@@ -38,6 +40,8 @@ def test_padded_samples_lie_in_a_row_each_padded_on_the_right() -> None:
         "input_ids": [[5, 6, 9], [7, 8, 9]],
         "labels": [[-100, -100, 9], [-100, 8, -100]],
         "position_ids": [[0, 1, 2], [0, 1, 2]],
+        "positions": [1, 3],
+        "targets": [9, 8],
         "num_tokens": 5,
         "num_supervised": 2,
         "num_samples": 2,
@@ -52,6 +56,8 @@ def test_no_samples_give_one_token_that_trains_nothing(packing: bool) -> None:
         "input_ids": [[PAD]],
         "labels": [[-100]],
         "position_ids": [[0]],
+        "positions": [],
+        "targets": [],
         "num_tokens": 0,
         "num_supervised": 0,
         "num_samples": 0,
@@ -63,7 +69,7 @@ def test_types_are_those_of_the_contract_whatever_the_arrays_have(packing: bool)
     narrow = [(ids.astype(np.int32), labels.astype(np.int16)) for ids, labels in SAMPLES]
     for samples in (narrow, []):
         batch = collate(samples, packing=packing, pad_token_id=PAD)
-        for key in ("input_ids", "labels", "position_ids"):
+        for key in ("input_ids", "labels", "position_ids", "positions", "targets"):
             assert batch[key].dtype == torch.int64, key
             assert batch[key].is_contiguous(), key
         assert not packing or batch["cu_seqlens"].dtype == torch.int32
