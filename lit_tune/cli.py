@@ -26,6 +26,7 @@ TRAINER_COMMANDS = {
     "predict": "let the model answer the records' prompts",
 }
 TOOL_COMMANDS = {
+    "plan": "predict what memory a run takes, and what would make it fit",
     "data": "show what training will see of the records",
     "configs": "list the recipes",
     "env": "versions, devices and memory, for a bug report",
@@ -76,6 +77,10 @@ def _train(command: str, rest: list[str]) -> None:
 
 
 def _tool(command: str, rest: list[str]) -> None:
+    if command == "plan":
+        from lit_tune.plan import plan  # noqa: PLC0415  # imports torch
+
+        return plan(rest)
     from lit_tune import preview  # noqa: PLC0415
 
     tools: dict[str, Callable[[list[str]], None]] = {

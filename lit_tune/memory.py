@@ -6,7 +6,7 @@ weight has constants beside it: so storages are counted, each once, and never nu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -53,13 +53,14 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, tuple[torch.device, int]]:
     """
     found = {}
     for tensor in tensors:
-        for part in _parts(tensor):
+        for part in storage_parts(tensor):
             storage = part.untyped_storage()
             found[storage._cdata] = part.device, storage.nbytes()
     return found
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
+def storage_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that a sharded or quantised one is made of; a plain one is its own only part."""
     yield getattr(tensor, "_local_tensor", tensor)
     for constants in (getattr(tensor, "CB", None), getattr(tensor, "SCB", None)):  # int8: codes, and a scale a row
         if constants is not None:
@@ -132,3 +133,48 @@ class SavedTensors:
         """
         kind = torch.device(device).type
         return sum(size for where, size in self._saved.values() if where.type == kind)
+
+
+# -- rules of optimizers -----------------------------------------------------------------------------------------------
+
+BNB_BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit states
+BNB_MIN = 4096  # smaller parameters keep 32-bit states there
+
+
+def optimizer_state(name: str, parameter: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shapes and dtypes of what an optimizer keeps of a parameter.
+
+    - adamw: two moments as large as the parameter and in its dtype, and the number of steps (fp32).
+    - adamw_8bit, paged_adamw_8bit: the moments in a byte a value, each with an fp32 scale a block of 256 values; of
+      parameters with fewer than 4,096 values in fp32. (The two code books of 256 fp32 values are shared by all.)
+    - adafactor: the second moment's mean of each row and of each column; of a vector all of it; the number of steps.
+    - sgd: nothing.
+    """
+    shape, dtype = tuple(parameter.shape), parameter.dtype
+    steps = ((), torch.float32)
+    if name == "adamw":
+        return [(shape, dtype), (shape, dtype), steps]
+    if name.endswith("adamw_8bit"):
+        count = parameter.numel()
+        if count < BNB_MIN:
+            return [(shape, torch.float32)] * 2
+        return [(shape, torch.uint8), ((-(-count // BNB_BLOCK),), torch.float32)] * 2
+    if name == "adafactor":
+        if len(shape) < 2:
+            return [(shape, dtype), steps]
+        return [((*shape[:-1], 1), dtype), ((*shape[:-2], 1, shape[-1]), dtype), steps]
+    return []
+
+
+def optimizer_workspace(name: str, parameters: Sequence[Tensor], *, fused: bool, on_gpu: bool) -> int:
+    """Return the bytes that a step of the optimizer takes besides its state, for a moment.
+
+    - adamw, one kernel (fused): nothing. In lists (on a GPU, not fused): the square roots of all second moments. One
+      parameter after the other (on a CPU, not fused): those of the largest.
+    - adafactor: the update of one parameter after the other, so the largest parameter's size.
+    - adamw_8bit: its kernels work in place. sgd: adds in place.
+    """
+    sizes = [p.numel() * p.element_size() for p in parameters]
+    if name == "adamw" and not fused:
+        return sum(sizes) if on_gpu else max(sizes)
+    return max(sizes) if name == "adafactor" else 0

@@ -148,8 +148,10 @@ class TuneCLI(LightningCLI):
         run: bool = True,
         description: str = "Fine-tune LLaMA-family models with LoRA or in full.",
         options: Callable[[LightningArgumentParser], None] | None = None,
+        adjust: Callable[[Any], None] | None = None,
     ) -> None:
         self.recipe = recipe
+        self._adjust = adjust
         self._options = options
         self._command = arguments[0] if run else "fit"
         self.console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not is_main_process())
@@ -240,6 +242,8 @@ class TuneCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         settings = self.settings
+        if self._adjust:
+            self._adjust(settings)
         trainer = settings["trainer"]
         check_devices(trainer["accelerator"], trainer["devices"])
         if trainer["precision"] is None:
@@ -560,18 +564,24 @@ def start(command: str, arguments: list[str], *, recipe: Path | None) -> None:
 
 
 def build(
-    arguments: list[str], *, description: str, options: Callable[[LightningArgumentParser], None] | None = None
+    arguments: list[str],
+    *,
+    description: str,
+    options: Callable[[LightningArgumentParser], None] | None = None,
+    adjust: Callable[[Any], None] | None = None,
 ) -> TuneCLI:
     """Build a run from fit's settings without starting it, for the tools that look at one.
 
     Args:
         description: What the tool's `--help` says first.
         options: Adds the tool's own settings to the parser.
+        adjust: Changes the parsed settings before anything is made of them.
     """
     quieten()
     restrict_imports()
     arguments, found = recipes.expand(arguments)
-    return TuneCLI(arguments, recipe=found[-1] if found else None, run=False, description=description, options=options)
+    recipe = found[-1] if found else None
+    return TuneCLI(arguments, recipe=recipe, run=False, description=description, options=options, adjust=adjust)
 
 
 def load_run(config: str) -> TuneCLI:

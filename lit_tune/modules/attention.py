@@ -9,6 +9,8 @@ right: a real token never looks at the padding behind it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -46,7 +48,7 @@ def packed_attention(
         out_BHTD = _causal(query_BHTD, key_BKTD, value_BKTD, scaling, dropout)
         return out_BHTD.transpose(1, 2), None
     assert query_BHTD.shape[0] == 1, "a packed micro-batch is one row"
-    if query_BHTD.is_cuda and query_BHTD.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+    if _is_cuda(query_BHTD) and query_BHTD.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
         assert max_length_q is not None
         return _varlen(query_BHTD, key_BKTD, value_BKTD, cu_seq_lens_q, max_length_q, scaling), None
     out_BHTD = torch.cat(
@@ -57,6 +59,23 @@ def packed_attention(
         dim=2,
     )
     return out_BHTD.transpose(1, 2), None
+
+
+_assumed: list[str] = []  # what kernels are taken to run on, the innermost `as_on` last
+
+
+@contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Choose the kernels of a kind of device whatever the tensors lie on: for predictions, where they are fake."""
+    _assumed.append(device)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def _is_cuda(tensor: Tensor) -> bool:
+    return _assumed[-1] == "cuda" if _assumed else tensor.is_cuda
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:

