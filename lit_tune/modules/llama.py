@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +28,9 @@ from typing_extensions import override
 from lit_tune.continuation import Setting, refuse_changes
 from lit_tune.errors import InputError, NonFiniteError
 from lit_tune.generate import generate
+from lit_tune.memory import SavedTensors
 from lit_tune.modules import load
+from lit_tune.modules.checkpointing import GradientCheckpointing, checkpoint_blocks, checkpointed_blocks
 from lit_tune.modules.load import Quantize
 from lit_tune.modules.lora import (
     Lora,
@@ -38,9 +41,11 @@ from lit_tune.modules.lora import (
     load_adapter,
 )
 from lit_tune.modules.loss import nll_sum
+from lit_tune.modules.offload import ActivationOffload
 from lit_tune.modules.optim import (
     OptimizerName,
     ScheduleName,
+    StepInBackward,
     learning_rate_factor,
     make_optimizer,
     warmup_steps,
@@ -101,12 +106,24 @@ class LlamaTuner(LightningModule):
         adapter: Directory of a PEFT adapter to start a new run from (to go on with a run, use --ckpt_path).
         lora: The adapters' settings.
         learning_rate: Peak learning rate; left out, 2e-4 for LoRA and 2e-5 for fft.
-        optimizer: adamw (fused where it can be), adafactor or sgd.
+        optimizer: adamw (fused where it can be) keeps two moments of each number that trains, 8 bytes in fp32;
+            adamw_8bit keeps them in a quarter of that, with a little noise in the steps; paged_adamw_8bit lets them
+            move to host memory where the GPU's runs short (CUDA only); adafactor keeps a row and a column of each
+            matrix; sgd keeps nothing, and needs another learning rate.
+        optimizer_in_backward: Step every parameter in the backward pass, as soon as its gradient is there, and drop
+            that: gradients take next to nothing instead of as much as the weights, and the result is the same. fft on
+            one device only, without accumulation and without clipping (trainer.gradient_clip_val null); it costs a
+            wait for the GPU at every parameter.
         weight_decay: Decoupled decay of matrices; norms and biases never decay.
         warmup: Warm-up of the learning rate, as a fraction of all steps (below 1) or as a number of steps.
         schedule: How the rate falls after the warm-up: on half a cosine, linearly, or not at all.
         gradient_checkpointing: `full` keeps only each layer's input and computes the rest again in the backward pass:
-            much less activation memory for a third to a half more time. `none` keeps all.
+            much less activation memory for a third to a half more time. A number N does so for every N-th layer,
+            `mlp` only for the feed-forward half of each: more than half of the memory for less than half of the time.
+            `none` keeps all; `auto` takes the cheapest of these that fits. Losses are the same to the bit.
+        offload_activations: Keep what the backward pass needs of the forward pass in host memory, beside checkpointing
+            or instead of it: the GPU holds a few layers' activations at a time, the host (pinned) all, and each goes
+            over the bus twice. Losses are the same to the bit.
         skip_nonfinite: How many optimizer steps whose loss or gradient is NaN or infinite may be skipped, weights and
             optimizer untouched, before the run ends; 0 ends it at the first.
         attention: `auto` is the package's padding-free attention; or a name that transformers knows, such as sdpa,
@@ -127,9 +144,11 @@ class LlamaTuner(LightningModule):
         weight_decay: float = 0.0,
         warmup: float = 0.03,
         schedule: ScheduleName = "cosine",
-        gradient_checkpointing: Literal["none", "full"] = "none",
+        gradient_checkpointing: GradientCheckpointing = "none",
         attention: str = "auto",
         skip_nonfinite: int = 0,
+        offload_activations: bool = False,
+        optimizer_in_backward: bool = False,
     ) -> None:
         super().__init__()
         if skip_nonfinite < 0:
@@ -152,6 +171,9 @@ class LlamaTuner(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.attention = attention
         self.skip_nonfinite = skip_nonfinite
+        self.offload_activations = offload_activations
+        self.optimizer_in_backward = optimizer_in_backward
+        self.saved_tensors: SavedTensors | None = None  # when set, counts what `nll` saves for the backward pass
         self.skipped_steps = 0
         self.allow_changed: Collection[str] = ()  # settings that a continued run may have otherwise
         # A LoRA checkpoint holds no base weights, so loading one must not miss them.
@@ -161,6 +183,7 @@ class LlamaTuner(LightningModule):
         self._step_ids: list[int] = []  # of the step whose gradient is complete
         self._skip_step = False
         self._gradient_norm: Tensor | None = None
+        self._offload = ActivationOffload() if offload_activations else None
 
     # -- what the module is made of ----------------------------------------------------------------------------------
 
@@ -215,10 +238,7 @@ class LlamaTuner(LightningModule):
     def adopt(self, base: PreTrainedModel) -> None:
         """Make a base, loaded or of shapes alone, the model that this module trains."""
         self.model = make_trainable(base, method=self.method, lora=self.lora, adapter=self.adapter)
-        if self.gradient_checkpointing == "full":
-            self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # With a frozen base no input of a layer requires a gradient, and a checkpointed layer would give none.
-            self.causal_lm.enable_input_require_grads()
+        checkpoint_blocks(checkpointed_blocks(self._decoder, self.gradient_checkpointing))
         if self.method == "lora":
             self._keep_adapters_fp32()
         if compute_dtype(str(self.trainer.precision)) in (torch.bfloat16, torch.float16):
@@ -229,6 +249,11 @@ class LlamaTuner(LightningModule):
         """The transformers model, without PEFT's wrapper; its layers hold the adapters all the same."""
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
+
+    @property
+    def _decoder(self) -> Any:
+        """The model without its head."""
+        return getattr(self.causal_lm, self.causal_lm.base_model_prefix)
 
     def parameter_counts(self) -> tuple[int, int]:
         """Return (total, trainable) numbers of parameters."""
@@ -250,15 +275,21 @@ class LlamaTuner(LightningModule):
             packed = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
         dtype = compute_dtype(str(self.trainer.precision))
         # fp32 adapters over a half-precision base meet under autocast; under `*-mixed` this repeats Lightning's own.
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+        with autocast, self._saving():
             model = self.causal_lm
-            decoder = getattr(model, model.base_model_prefix)
-            hidden_BTD = decoder(
+            hidden_BTD = self._decoder(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **packed
             ).last_hidden_state
             head = model.get_output_embeddings()
             vocabulary = model.config.get_text_config().vocab_size
             return nll_sum(hidden_BTD, batch["positions"], batch["targets"], head, vocabulary=vocabulary)
+
+    def _saving(self) -> AbstractContextManager[None]:
+        """Return what takes care of the tensors that a forward pass saves for its backward pass."""
+        if self._offload is not None:
+            return self._offload.saving(counted=self.saved_tensors)
+        return self.saved_tensors.counting() if self.saved_tensors is not None else nullcontext()
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -308,15 +339,23 @@ class LlamaTuner(LightningModule):
             "data --show`, or let model.skip_nonfinite skip some steps."
         )
 
+    def _check_gradient(self, norm: Tensor) -> None:
+        """Have the step left out, or end the run, if the gradient's norm is not finite."""
+        if not torch.isfinite(norm):
+            step = self.trainer.global_step
+            self._skip_or_stop(f"the gradient of optimizer step {step} is {float(norm)}", self._step_ids)
+
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(optimizer, StepInBackward):  # gradients were checked and used, and are gone
+            norm = optimizer.gradient_norm()
+        else:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
         # fp16's scaler skips a step whose gradients overflow, and lowers its scale; a broken loss is left to it too.
-        if not str(self.trainer.precision).startswith("16"):
-            if not self._skip_step and not torch.isfinite(norm):
-                step = self.trainer.global_step
-                self._skip_or_stop(f"the gradient of optimizer step {step} is {float(norm)}", self._step_ids)
+        if not self._scales_loss:
+            if not self._skip_step:
+                self._check_gradient(norm)
             if self._skip_step:  # an optimizer leaves alone what has no gradient
                 optimizer.zero_grad(set_to_none=True)
         self._gradient_norm = None if self._skip_step else norm
@@ -350,12 +389,18 @@ class LlamaTuner(LightningModule):
             self.parameters(),
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
-            fused=not str(self.trainer.precision).startswith("16"),
+            fused=not self._scales_loss,
         )
+        if self.optimizer_in_backward:
+            optimizer = StepInBackward(optimizer, check=self._check_gradient)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._learning_rate_factor()), "interval": "step"},
         }
+
+    @property
+    def _scales_loss(self) -> bool:
+        return str(self.trainer.precision) == "16-mixed"
 
     def _learning_rate_factor(self) -> Callable[[int], float]:
         data: Any = getattr(self.trainer, "datamodule", None)
