@@ -10,14 +10,16 @@ from tests.tiny import tiny_tokenizer
 VOCABULARY = 300  # the byte tokenizer's 256 and room for special tokens
 
 
-def tiny_llama(*, vocabulary: int = VOCABULARY, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
-    """Return a two-layer Llama with grouped-query attention, fp32, the same weights for the same seed."""
+def tiny_llama(
+    *, vocabulary: int = VOCABULARY, tied: bool = False, seed: int = 0, layers: int = 2, width: int = 32
+) -> LlamaForCausalLM:
+    """Return a Llama with grouped-query attention, fp32, the same weights for the same seed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
