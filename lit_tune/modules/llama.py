@@ -238,7 +238,7 @@ class LlamaTuner(LightningModule):
     def adopt(self, base: PreTrainedModel) -> None:
         """Make a base, loaded or of shapes alone, the model that this module trains."""
         self.model = make_trainable(base, method=self.method, lora=self.lora, adapter=self.adapter)
-        checkpoint_blocks(checkpointed_blocks(self._decoder, self.gradient_checkpointing))
+        checkpoint_blocks(checkpointed_blocks(self.decoder, self.gradient_checkpointing))
         if self.method == "lora":
             self._keep_adapters_fp32()
         if compute_dtype(str(self.trainer.precision)) in (torch.bfloat16, torch.float16):
@@ -251,7 +251,7 @@ class LlamaTuner(LightningModule):
         return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
 
     @property
-    def _decoder(self) -> Any:
+    def decoder(self) -> Any:
         """The model without its head."""
         return getattr(self.causal_lm, self.causal_lm.base_model_prefix)
 
@@ -278,7 +278,7 @@ class LlamaTuner(LightningModule):
         autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
         with autocast, self._saving():
             model = self.causal_lm
-            hidden_BTD = self._decoder(
+            hidden_BTD = self.decoder(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **packed
             ).last_hidden_state
             head = model.get_output_embeddings()

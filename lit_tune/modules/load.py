@@ -321,6 +321,8 @@ def load_llama(
     _check_complete(directory, loaded[1])
     # NOTE: from_pretrained returns eval mode and Lightning's fit keeps it: no dropout, and no gradient checkpointing.
     model.train()
+    if quantize == "int8":
+        _drop_inputs_of_int8(model)
     return model
 
 
@@ -338,8 +340,28 @@ def empty_llama(
         if quantize != "none":
             replace_with_bnb_linear(made, get_keys_to_not_convert(made), quantization(quantize, dtype))
             setattr(made, "is_loaded_in_8bit" if quantize == "int8" else "is_loaded_in_4bit", True)
+            _drop_inputs_of_int8(made)
     model: PreTrainedModel = made.train()
     return model
+
+
+def _drop_inputs_of_int8(model: PreTrainedModel) -> None:
+    """Have int8 layers forget their inputs, which bitsandbytes keeps for a gradient that frozen weights do not have.
+
+    NOTE: it keeps them as attributes of the autograd node, out of reach of gradient checkpointing and of offloading.
+    """
+    from bitsandbytes.nn import Linear8bitLt  # noqa: PLC0415
+
+    def forget(_layer: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        node: Any = output.grad_fn
+        if hasattr(node, "tensors"):  # of the CUDA kernels
+            node.tensors = (None, None, None)
+        if hasattr(node, "A"):  # of the way through dequantised weights, on a CPU
+            node.A = None
+
+    for layer in model.modules():
+        if isinstance(layer, Linear8bitLt):
+            layer.register_forward_hook(forget)
 
 
 def _check_numbers(folder: Path) -> None:
