@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -49,9 +50,20 @@ def make_optimizer(
         return torch.optim.SGD(groups, lr=lr)
     import bitsandbytes  # noqa: PLC0415  # takes a second
 
-    make = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
-    optimizer: Optimizer = make(groups, lr=lr)
-    return optimizer
+    if name == "adamw_8bit":
+        eight_bit: Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=lr)
+        return eight_bit
+    paged = bitsandbytes.optim.PagedAdamW8bit(groups, lr=lr)
+    paged.to_gpu = partial(_page, paged)  # what it does before its first step
+    return paged  # type: ignore[no-any-return]
+
+
+def _page(optimizer: Any) -> None:
+    """Put the states that a checkpoint brought back into pages: bitsandbytes and Lightning load them onto the GPU."""
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if not getattr(state[name], "is_paged", False):
+                state[name] = optimizer.get_state_buffer(parameter, dtype=state[name].dtype).copy_(state[name])
 
 
 class StepInBackward(Optimizer):
