@@ -8,6 +8,7 @@ that `--help` is quick.
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import signal
 import sys
@@ -77,18 +78,9 @@ def _train(command: str, rest: list[str]) -> None:
 
 
 def _tool(command: str, rest: list[str]) -> None:
-    if command == "plan":
-        from lit_tune.plan import plan  # noqa: PLC0415  # imports torch
-
-        return plan(rest)
-    from lit_tune import preview  # noqa: PLC0415
-
-    tools: dict[str, Callable[[list[str]], None]] = {
-        "data": preview.data,
-        "configs": preview.configs,
-        "env": preview.env,
-    }
-    tools[command](rest)
+    module = importlib.import_module("lit_tune.plan" if command == "plan" else "lit_tune.preview")
+    tool: Callable[[list[str]], None] = getattr(module, command)
+    tool(rest)
 
 
 def exit_code(action: Callable[[], Any]) -> int:

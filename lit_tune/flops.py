@@ -1,17 +1,15 @@
 """Floating-point operations of training, per token: formulas with their derivation.
 
-A multiplication and an addition count
-as two, as in every published figure; only matrix products count, all else is less than 2 %.
-
-A linear layer of `in x out` weights takes 2 in out operations a token in the forward pass, as many for the gradient of
-its input, and as many for that of its weights. So with N such weights:
+A multiplication and an addition count as two, as in every published figure; only matrix products count, all else is
+less than 2 %. A linear layer of `in x out` weights takes 2 in out operations a token in the forward pass, as many for
+the gradient of its input, and as many for that of its weights. So with N such weights:
 
 - full fine-tuning: 2N forward, 4N backward = 6N
 - LoRA: frozen weights need no gradient of their own: 2N + 2N = 4N, and 6 for each weight of an adapter
-- a layer whose forward pass is computed again in the backward pass (gradient checkpointing): 2 more for each weight of it
-- attention: every token with those before it: scores and values 4 d_attention a pair of tokens in the forward pass, half
-  of the pairs are masked, twice as much backward; so with c the mean length of what a token sees, 4 d c forward and 8 d c
-  backward in each layer
+- a layer whose forward pass is computed again in the backward pass (gradient checkpointing): 2 more for each weight, but
+  not for those of its last product, a third of its feed-forward half: nothing that the backward pass needs comes of it
+- attention, where a token sees c others on average (half a sample's length): scores 2 d c and values 2 d c in each
+  layer's forward pass, with d the width of all query heads, and twice as much in the backward pass
 """
 
 from __future__ import annotations
@@ -57,6 +55,7 @@ def training_flops(
     linear = of.attention + of.mlp
     attention = 4 * of.attention_width * context
     layer = passes * linear + 3 * attention
-    recomputed = again * (2 * linear + attention) + mlp_again * 2 * of.mlp
+    inner_mlp = of.mlp * 2 / 3  # gate and up
+    recomputed = again * (2 * (of.attention + inner_mlp) + attention) + mlp_again * 2 * inner_mlp
     adapters = of.adapters * (6 + 2 * again)
     return of.layers * (layer + recomputed) + adapters + passes * of.head * supervised

@@ -45,6 +45,8 @@ def plan(arguments: list[str]) -> None:
     case = case_of(built, target, tokens=settings["tokens"])
     free = settings["gpu_gib"] or target.free_gib()
     console = Console(highlight=False)
+    if built.datamodule.prepared is None and settings["tokens"] is None:
+        console.print("No tokenizer of this base is here: every sample is taken to be data.max_length long.")
     print_plan(console, case, predict(case), free_gib=free, find_batch=settings["find_batch"])
 
 
@@ -93,8 +95,9 @@ class Target:
         self.precision = str(trainer["precision"] or default)
         self.devices = _count(trainer["devices"]) * int(trainer["num_nodes"])
         self.strategy = str(trainer["strategy"])
-        trainer |= {"accelerator": "cpu", "precision": "32-true", "strategy": "auto", "num_nodes": 1}
-        trainer["devices"] = self.devices
+        anywhere = {"accelerator": "cpu", "precision": "32-true", "strategy": "auto", "num_nodes": 1}
+        for name, value in (anywhere | {"devices": self.devices}).items():
+            trainer[name] = value
 
     def free_gib(self) -> float | None:
         """Return what is free on the GPU that is here, with what CUDA's context in this process takes."""
@@ -312,13 +315,16 @@ def changes(case: Case) -> Iterator[Change]:
 
 
 def options(case: Case, fits: Callable[[Prediction], bool]) -> list[Option]:
-    """Return the single changes that make a case fit, the cheapest first; or, if there is none, the first ones that do
-    together, without those that are not needed.
-    """
+    """Return the single changes that make a case fit, the cheapest first, and the cheapest ones that do together."""
     known = list(changes(case))
     alone = [Option(c.flags, c.cost, made, predict(made)) for c in known if (made := c.make(case)) is not None]
-    if any(fits(option.found) for option in alone):
-        return [option for option in alone if fits(option.found)]
+    found = [option for option in alone if fits(option.found)]
+    together = _combined(case, known, fits)
+    return found if together is None or together.flags in {option.flags for option in found} else [*found, together]
+
+
+def _combined(case: Case, known: list[Change], fits: Callable[[Prediction], bool]) -> Option | None:
+    """Take one change after the other until it fits, and leave out what is not needed then."""
     taken: list[Change] = []
     now, best = case, predict(case)
     for change in known:
@@ -329,8 +335,8 @@ def options(case: Case, fits: Callable[[Prediction], bool]) -> list[Option]:
         if found.peak.total < best.peak.total:
             taken, now, best = [*taken, change], made, found
         if fits(best):
-            return [_together(case, _needed(case, taken, fits))]
-    return []
+            return _together(case, _needed(case, taken, fits))
+    return None
 
 
 def _needed(case: Case, taken: list[Change], fits: Callable[[Prediction], bool]) -> list[Change]:
@@ -432,7 +438,9 @@ def _table(found: Prediction) -> Table:
         most = getattr(found, category)
         table.add_row(category, f"{getattr(peak, category) / GIB:.3f}", f"{most / GIB:.3f}", f"{most:,}")
     table.add_row("other", f"{peak.other / GIB:.3f}", "", "")
-    table.add_row(Text("peak", style="bold"), Text(f"{peak.total / GIB:.3f}", style="bold"), "", f"in the {found.moment}")
+    table.add_row(
+        Text("peak", style="bold"), Text(f"{peak.total / GIB:.3f}", style="bold"), "", f"in the {found.moment}"
+    )
     return table
 
 
@@ -442,7 +450,9 @@ def _figures(case: Case, found: Prediction) -> Table:
     if found.host:
         table.add_row("in host memory", f"{found.host / GIB:.3f} GiB")
     table.add_row("a checkpoint", _size(found.checkpoint))
-    table.add_row("compute", f"{flops / 1e9:,.2f} GFLOP a token, {flops * case.micro.tokens / 1e12:,.2f} TFLOP a micro-batch")
+    table.add_row(
+        "compute", f"{flops / 1e9:,.2f} GFLOP a token, {flops * case.micro.tokens / 1e12:,.2f} TFLOP a micro-batch"
+    )
     return table
 
 
@@ -476,6 +486,9 @@ def _print_batches(console: Console, case: Case, fits: Callable[[Prediction], bo
         return MicroBatch((64,) * count, int(share * 64 * count), packed)
 
     most = largest_that_fits(case, fits, sizes=samples)
+    if not most:
+        console.print(f"\nNot even a micro-batch of one sample of {longest:,} tokens fits.")
+        return
     places = 64 * largest_that_fits(case, fits, sizes=tokens)
     console.print(
         f"\nThe largest micro-batch that fits: {most} samples of {longest:,} tokens (--data.micro_batch_size {most}), "

@@ -15,6 +15,7 @@ import copy
 import inspect
 import weakref
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -170,7 +171,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, *, granularity: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.moments: Moments = {}
         self.most_activations = 0
         self.offloaded: list[int] = []  # sizes of the storages that have gone to host memory
@@ -294,15 +295,7 @@ def quantised(parameter: Any, layer: Any, mode: FakeTensorMode) -> torch.nn.Para
         return weight  # type: ignore[no-any-return]
 
 
-class Lengths(list[int]):
-    """Where samples begin and the last one ends: known although tensors hold no data."""
-
-    def tolist(self) -> list[int]:
-        """Return itself, as a tensor's `tolist` does."""
-        return self
-
-
-def fake_batch(micro: MicroBatch, device: Device) -> dict[str, Any]:
+def fake_batch(micro: MicroBatch) -> dict[str, Any]:
     """Return a batch as `lit_tune.data.collate` makes it; call it within a FakeTensorMode."""
     rows, length = (1, micro.tokens) if micro.packed else (len(micro.lengths), max(micro.lengths))
     batch: dict[str, Any] = {
@@ -310,11 +303,10 @@ def fake_batch(micro: MicroBatch, device: Device) -> dict[str, Any]:
     }
     batch |= {name: torch.empty(micro.supervised, dtype=torch.int64) for name in ("positions", "targets")}
     if micro.packed:
-        bounds = Lengths([0])
-        for sample in micro.lengths:
-            bounds.append(bounds[-1] + sample)
-        on_gpu = torch.empty(len(bounds), dtype=torch.int32) if device == "cuda" else bounds
-        batch |= {"cu_seqlens": on_gpu, "longest": max(micro.lengths)}
+        bounds = list(accumulate(micro.lengths, initial=0))
+        cu: Any = torch.empty(len(bounds), dtype=torch.int32)
+        cu.tolist = lambda: bounds  # known, although the tensor holds no data
+        batch |= {"cu_seqlens": cu, "longest": max(micro.lengths)}
     return batch
 
 
@@ -383,7 +375,7 @@ def trace(case: Case) -> Trace:
             parameter.register_post_accumulate_grad_hook(note_gradient)
         tuner.saved_tensors = Kept(ledger, offload=tuner.offload_activations)
         _label(tuner, ledger)
-        batch = fake_batch(case.micro, device)
+        batch = fake_batch(case.micro)
         dtype = compute_dtype(precision)
         with ledger:
             ledger.at(FORWARD)

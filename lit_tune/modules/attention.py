@@ -48,8 +48,10 @@ def packed_attention(
         out_BHTD = _causal(query_BHTD, key_BKTD, value_BKTD, scaling, dropout)
         return out_BHTD.transpose(1, 2), None
     assert query_BHTD.shape[0] == 1, "a packed micro-batch is one row"
-    if _is_cuda(query_BHTD) and query_BHTD.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+    dtype = _compute_dtype(query_BHTD)
+    if _is_cuda(query_BHTD) and dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
         assert max_length_q is not None
+        query_BHTD, key_BKTD, value_BKTD = (x.to(dtype) for x in (query_BHTD, key_BKTD, value_BKTD))
         return _varlen(query_BHTD, key_BKTD, value_BKTD, cu_seq_lens_q, max_length_q, scaling), None
     out_BHTD = torch.cat(
         [
@@ -76,6 +78,15 @@ def as_on(device: str) -> Iterator[None]:
 
 def _is_cuda(tensor: Tensor) -> bool:
     return _assumed[-1] == "cuda" if _assumed else tensor.is_cuda
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that attention computes in: autocast's own where it is on, which casts torch's functions alone.
+
+    Over weights in fp32 the rotary embedding makes fp32 of queries and keys, also where all products are bf16.
+    """
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:

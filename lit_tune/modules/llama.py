@@ -275,7 +275,9 @@ class LlamaTuner(LightningModule):
             packed = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
         dtype = compute_dtype(str(self.trainer.precision))
         # fp32 adapters over a half-precision base meet under autocast; under `*-mixed` this repeats Lightning's own.
-        autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+        # No cache: every weight is used once, and the copies of all would live until the forward pass is over.
+        half = dtype in (torch.bfloat16, torch.float16)
+        autocast = torch.autocast(self.device.type, dtype=dtype, enabled=half, cache_enabled=False)
         with autocast, self._saving():
             model = self.causal_lm
             hidden_BTD = self.decoder(

@@ -331,7 +331,7 @@ def empty_llama(
 ) -> PreTrainedModel:
     """Return what `load_llama` does of an architecture alone: on the meta device, without weights."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
-    from transformers.integrations import replace_with_bnb_linear  # noqa: PLC0415
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear  # noqa: PLC0415
     from transformers.quantizers.base import get_keys_to_not_convert  # noqa: PLC0415
 
     name = attention.register() if attention_name == "auto" else attention_name

@@ -129,8 +129,8 @@ def test_a_graph_that_is_dropped_leaves_nothing(copies: Copies) -> None:
             loss_of(model_of("lora"))
     live = [copy for copy in copies.made if copy.views]
     assert live
-    import gc  # noqa: PLC0415
-    import weakref  # noqa: PLC0415
+    import gc
+    import weakref
 
     alive = [weakref.ref(copy) for copy in copies.made]
     copies.made.clear()

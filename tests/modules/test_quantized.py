@@ -1,7 +1,6 @@
 """Quantised bases on a CPU, against the same model with plain weights of the values that the codes stand for."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -16,8 +16,8 @@ from lit_tune.data.instruct import InstructData
 from lit_tune.errors import NonFiniteError
 from lit_tune.modules.llama import LlamaTuner
 from lit_tune.modules.optim import OptimizerName
-from tests.tiny_llama import tiny_llama
 from tests.tiny import tiny_tokenizer
+from tests.tiny_llama import tiny_llama
 from tests.tiny_run import saving, train, trained_weights, write_records
 
 STEPS = 3

@@ -1,0 +1,192 @@
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from lit_tune import recipes
+from lit_tune.errors import InputError
+from lit_tune.memory import GIB
+from lit_tune.modules.llama import LlamaTuner
+from lit_tune.plan import CONTEXT_GIB, Target, changes, flops_per_token, largest_that_fits, options, plan
+from lit_tune.predict import Case, MicroBatch, Prediction, predict
+from tests.tiny_llama import tiny_base
+from tests.tiny_run import write_records
+
+Page = Callable[..., str]
+
+
+@pytest.fixture
+def page(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Page:
+    """Return a function that runs `lit-tune plan` in an empty folder and returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: str) -> str:
+        plan(list(arguments))
+        assert list(tmp_path.glob("runs")) == []
+        return capsys.readouterr().out
+
+    return run
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(recipes.shipped()))
+def test_every_recipe_has_a_page(name: str, page: Page) -> None:
+    said = page("--config", name, "--tokens", "512")
+    for word in ("Plan: ", "Micro-batch: ", "weights", "gradients", "optimizer", "activations", "other", "peak"):
+        assert word in said
+    assert re.search(r"compute +[\d.,]+ GFLOP a token", said)
+    assert re.search(r"fits on a GPU of \d+ GiB", said)
+
+
+def test_the_largest_micro_batch_of_the_records_is_planned_for(tmp_path: Path, page: Page) -> None:
+    base = str(tiny_base(tmp_path / "base"))
+    records = write_records(tmp_path / "records.jsonl")
+    said = page("--model.base", base, "--data.path", str(records), "--data.micro_batch_size", "2")
+    assert "Micro-batch: 2 samples" in said
+    assert "No tokenizer" not in said
+
+
+def test_without_a_tokenizer_samples_are_as_long_as_they_may_be(page: Page) -> None:
+    said = page("--model.base", "llama3.2-1b", "--data.max_length", "300", "--data.micro_batch_size", "3")
+    assert "No tokenizer of this base is here: every sample is taken to be data.max_length long." in said
+    assert "Micro-batch: 3 samples, 900 tokens" in said
+
+
+def test_what_does_not_fit_is_told_with_what_would(page: Page) -> None:
+    said = page("--model.base", "llama2-7b", "--tokens", "2048", "--gpu-gib", "16")
+    assert "does NOT fit on a GPU of 16.00 GiB" in said
+    assert "--model.gradient_checkpointing full" in said
+    assert "fits on a GPU of 24.00 GiB" in page("--model.base", "llama2-7b", "--tokens", "2048", "--gpu-gib", "24")
+
+
+def test_what_nothing_makes_fit_is_told(page: Page) -> None:
+    said = page("--model.base", "llama2-7b", "--tokens", "2048", "--gpu-gib", "2")
+    assert "No change that is known here makes it fit" in said
+
+
+def test_the_largest_batch_is_found(page: Page) -> None:
+    said = page("--model.base", "llama3.2-1b", "--data.max_length", "256", "--gpu-gib", "8", "--find-batch")
+    found = re.search(r"The largest micro-batch that fits: (\d+) samples of 256 tokens", said)
+    assert found
+    size = found[1]
+    base = ("--model.base", "llama3.2-1b", "--data.max_length", "256", "--gpu-gib", "8")
+    assert "-> " not in said
+    assert "fits on a GPU" in page(*base, "--data.micro_batch_size", size)
+    assert "does NOT fit" in page(*base, "--data.micro_batch_size", str(int(size) * 11 // 10 + 1))
+
+
+@pytest.mark.parametrize("tokens", ["1", "-5"])
+def test_tokens_without_a_meaning_are_refused(tokens: str, page: Page) -> None:
+    with pytest.raises(InputError, match=f"--tokens is {tokens}; it must be 2 or more"):
+        page("--model.base", "llama2-7b", "--tokens", tokens)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ({}, ("cuda", "bf16-mixed", 1)),
+        ({"devices": 4, "num_nodes": 2}, ("cuda", "bf16-mixed", 8)),
+        ({"devices": [0, 3], "precision": "16-mixed"}, ("cuda", "16-mixed", 2)),
+        ({"devices": "0,1,2"}, ("cuda", "bf16-mixed", 3)),
+        ({"accelerator": "cpu", "precision": "32-true"}, ("cpu", "32-true", 1)),
+    ],
+)
+def test_the_target_need_not_be_this_machine(trainer: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    left_out = {"accelerator": "auto", "precision": None, "devices": "auto", "num_nodes": 1, "strategy": "auto"}
+    settings = {"trainer": left_out | trainer}
+    target = Target()
+    target.take(settings)
+    assert (target.device, target.precision, target.devices) == expected
+    assert settings["trainer"]["accelerator"] == "cpu"
+
+
+# What makes it fit ----------------------------------------------------------------------------------------------------
+
+
+def case(*, method: Any = "lora", samples: int = 4, **settings: Any) -> Case:
+    config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4)
+    tuner = LlamaTuner(base="llama2-7b", method=method, **settings)
+    return Case(tuner, config, MicroBatch((512,) * samples, 500 * samples), "bf16-mixed")
+
+
+@pytest.mark.parametrize("method", ["lora", "fft"])
+def test_all_that_is_offered_fits_and_says_how(method: str) -> None:
+    of = case(method=method)
+    peak = predict(of).peak.total
+
+    def fits(found: Prediction) -> bool:
+        return found.peak.total <= 0.7 * peak
+
+    offered = options(of, fits)
+    assert offered
+    for option in offered:
+        assert fits(option.found)
+        assert option.found == predict(option.case)
+        words = shlex.split(option.flags)
+        assert all(word.startswith("--") for word in words[::2])
+        assert len(words) % 2 == 0
+
+
+def test_changes_that_only_do_together_are_offered_without_those_not_needed() -> None:
+    of = case()
+    least = min(predict(made).peak.total for change in changes(of) if (made := change.make(of)) is not None)
+
+    def fits(found: Prediction) -> bool:
+        return found.peak.total < 0.95 * least
+
+    (offered,) = options(of, fits)
+    assert fits(offered.found)
+    assert offered.flags.count("--model.") + offered.flags.count("--data.") >= 2
+
+
+def test_a_smaller_micro_batch_keeps_the_global_batch() -> None:
+    of = case(samples=4)
+    for change in changes(of):
+        if "micro_batch_size" in change.flags:
+            made = change.make(of)
+            assert made is not None
+            assert len(made.micro.lengths) * made.accumulate == 4
+            assert f"accumulate_grad_batches {made.accumulate}" in change.flags
+
+
+def test_each_method_is_offered_its_own() -> None:
+    lora = " ".join(change.flags for change in changes(case()) if change.make(case()) is not None)
+    fft = " ".join(
+        change.flags for change in changes(case(method="fft")) if change.make(case(method="fft")) is not None
+    )
+    assert "quantize nf4" in lora
+    assert "quantize" not in fft
+    assert "optimizer_in_backward" in fft
+    assert "optimizer_in_backward" not in lora
+
+
+def test_the_largest_that_fits_is_found_between_what_fits_and_what_does_not() -> None:
+    of = case()
+
+    def micro(count: int) -> MicroBatch:
+        return MicroBatch((64,) * count, 60 * count)
+
+    limit = predict(case(samples=4)).peak.total
+
+    def fits(found: Prediction) -> bool:
+        return found.peak.total <= limit
+
+    most = largest_that_fits(of, fits, sizes=micro)
+    assert fits(predict(Case(of.tuner, of.config, micro(most), of.precision)))
+    assert not fits(predict(Case(of.tuner, of.config, micro(most + max(1, most // 64)), of.precision)))
+    assert largest_that_fits(of, lambda found: found.peak.total < GIB * CONTEXT_GIB * 1e-3, sizes=micro) == 0
+
+
+def test_recomputing_costs_compute() -> None:
+    none, mlp, full = (
+        flops_per_token(of, predict(of))
+        for of in (case(gradient_checkpointing=setting) for setting in ("none", "mlp", "full"))
+    )
+    assert none < mlp < full
