@@ -6,8 +6,8 @@ the gradient of its input, and as many for that of its weights. So with N such w
 
 - full fine-tuning: 2N forward, 4N backward = 6N
 - LoRA: frozen weights need no gradient of their own: 2N + 2N = 4N, and 6 for each weight of an adapter
-- a layer whose forward pass is computed again in the backward pass (gradient checkpointing): 2 more for each weight, but
-  not for those of its last product, a third of its feed-forward half: nothing that the backward pass needs comes of it
+- a layer whose forward pass is computed again in the backward pass (gradient checkpointing): 2 more for each weight,
+  but not for those of its last product, a third of its feed-forward half: the backward pass needs nothing of it
 - attention, where a token sees c others on average (half a sample's length): scores 2 d c and values 2 d c in each
   layer's forward pass, with d the width of all query heads, and twice as much in the backward pass
 """

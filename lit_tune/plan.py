@@ -314,16 +314,20 @@ def changes(case: Case) -> Iterator[Change]:
     yield Change("--model.method lora", "trains adapters, not the weights", _only("fft", _as_lora))
 
 
-def options(case: Case, fits: Callable[[Prediction], bool]) -> list[Option]:
-    """Return the single changes that make a case fit, the cheapest first, and the cheapest ones that do together."""
+def options(case: Case, room: int) -> list[Option]:
+    """Return the single changes that make a case fit, the cheapest first, and the cheapest ones that do together.
+
+    Args:
+        room: Bytes that the peak may take.
+    """
     known = list(changes(case))
     alone = [Option(c.flags, c.cost, made, predict(made)) for c in known if (made := c.make(case)) is not None]
-    found = [option for option in alone if fits(option.found)]
-    together = _combined(case, known, fits)
+    found = [option for option in alone if option.found.peak.total <= room]
+    together = _combined(case, known, room)
     return found if together is None or together.flags in {option.flags for option in found} else [*found, together]
 
 
-def _combined(case: Case, known: list[Change], fits: Callable[[Prediction], bool]) -> Option | None:
+def _combined(case: Case, known: list[Change], room: int) -> Option | None:
     """Take one change after the other until it fits, and leave out what is not needed then."""
     taken: list[Change] = []
     now, best = case, predict(case)
@@ -334,16 +338,16 @@ def _combined(case: Case, known: list[Change], fits: Callable[[Prediction], bool
         found = predict(made)
         if found.peak.total < best.peak.total:
             taken, now, best = [*taken, change], made, found
-        if fits(best):
-            return _together(case, _needed(case, taken, fits))
+        if best.peak.total <= room:
+            return _together(case, _needed(case, taken, room))
     return None
 
 
-def _needed(case: Case, taken: list[Change], fits: Callable[[Prediction], bool]) -> list[Change]:
+def _needed(case: Case, taken: list[Change], room: int) -> list[Change]:
     """Leave out, the dearest first, what the others do without."""
     for change in reversed(taken[:-1]):
         rest = [other for other in taken if other is not change]
-        if (made := _all(case, rest)) is not None and fits(predict(made)):
+        if (made := _all(case, rest)) is not None and predict(made).peak.total <= room:
             taken = rest
     return taken
 
@@ -362,23 +366,36 @@ def _together(case: Case, taken: list[Change]) -> Option:
     return Option(" ".join(change.flags for change in taken), "; ".join(costs), made, predict(made))
 
 
-def largest_that_fits(case: Case, fits: Callable[[Prediction], bool], *, sizes: Callable[[int], MicroBatch]) -> int:
-    """Return the largest n for which the micro-batch `sizes(n)` fits; 0 if none does.
+def largest_that_fits(case: Case, room: int, *, sizes: Callable[[int], MicroBatch]) -> int:
+    """Return the largest n for which the micro-batch `sizes(n)` fits, to a 64th; 0 if none does.
 
-    Memory grows on a straight line with n, nearly: so the next n to try is where the line through the last two meets
-    the limit, and the two that enclose it come close in a few steps.
+    Memory grows with n on a straight line, nearly: the next n to try is where the line through the two that enclose the
+    limit meets it.
     """
-    if not fits(predict(replace(case, micro=sizes(1)))):
-        return 0
+
+    def peak(count: int) -> int:
+        return predict(replace(case, micro=sizes(count))).peak.total
+
     low, high = 1, 2
-    while fits(predict(replace(case, micro=sizes(high)))):
-        low, high = high, high * 2
+    least, most = peak(low), peak(high)
+    if least > room:
+        return 0
+    while most <= room:
+        low, least = high, most
+        high = max(2 * high, low + int((room - most) * 1.02 / (most / high)))
+        most = peak(high)
     while high - low > max(1, low // 64):
-        middle = (low + high) // 2
-        if fits(predict(replace(case, micro=sizes(middle)))):
-            low = middle
+        guess = low + int((high - low) * (room - least) / (most - least))
+        guess = min(max(guess, low + 1), high - 1)
+        if (found := peak(guess)) <= room:
+            low, least = guess, found
+            after = min(high - 1, low + max(1, low // 64))  # most often it is the one
+            if after > low and (found := peak(after)) > room:
+                return low
+            if after > low:
+                low, least = after, found
         else:
-            high = middle
+            high, most = guess, found
     return low
 
 
@@ -404,17 +421,15 @@ def print_plan(console: Console, case: Case, found: Prediction, *, free_gib: flo
         console.print(f"\n{needed:.2f} GiB with CUDA's own {CONTEXT_GIB}: {more}. With --gpu-gib: what makes it fit.")
         return
 
-    def fits(other: Prediction) -> bool:
-        return other.peak.total / GIB + CONTEXT_GIB <= free_gib
-
-    verdict = "fits" if fits(found) else "does NOT fit"
-    style = "green" if fits(found) else "red"
+    room = int((free_gib - CONTEXT_GIB) * GIB)
+    fits = found.peak.total <= room
+    verdict, style = ("fits", "green") if fits else ("does NOT fit", "red")
     said = f"\n{needed:.2f} GiB with CUDA's own {CONTEXT_GIB}: {verdict} on a GPU of {free_gib:.2f} GiB."
     console.print(said, style=f"bold {style}")
-    if not fits(found):
-        _print_options(console, case, found, options(case, fits))
+    if not fits:
+        _print_options(console, case, found, options(case, room))
     if find_batch:
-        _print_batches(console, case, fits)
+        _print_batches(console, case, room)
 
 
 def _heading(case: Case) -> str:
@@ -475,7 +490,7 @@ def _print_options(console: Console, case: Case, found: Prediction, made: list[O
     console.print(table)
 
 
-def _print_batches(console: Console, case: Case, fits: Callable[[Prediction], bool]) -> None:
+def _print_batches(console: Console, case: Case, room: int) -> None:
     longest, packed = max(case.micro.lengths), case.micro.packed
     share = case.micro.supervised / case.micro.tokens
 
@@ -485,11 +500,11 @@ def _print_batches(console: Console, case: Case, fits: Callable[[Prediction], bo
     def tokens(count: int) -> MicroBatch:
         return MicroBatch((64,) * count, int(share * 64 * count), packed)
 
-    most = largest_that_fits(case, fits, sizes=samples)
+    most = largest_that_fits(case, room, sizes=samples)
     if not most:
         console.print(f"\nNot even a micro-batch of one sample of {longest:,} tokens fits.")
         return
-    places = 64 * largest_that_fits(case, fits, sizes=tokens)
+    places = 64 * largest_that_fits(case, room, sizes=tokens)
     console.print(
         f"\nThe largest micro-batch that fits: {most} samples of {longest:,} tokens (--data.micro_batch_size {most}), "
         f"or {places:,} tokens in short samples (--data.micro_batch_tokens {places})."
