@@ -14,7 +14,7 @@ PACKAGE = Path(lit_tune.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Anyone may import them; not all of them need exist yet.
-LEAVES = {"errors", "cache", "continuation", "generate", "flops", "memory", "signals"}
+LEAVES = {"errors", "cache", "continuation", "generate", "flops", "memory", "signals", "techniques"}
 
 # A layer, by the first part of its modules' names, and what it may import besides itself.
 LAYERS = {

@@ -153,11 +153,6 @@ class LlamaTuner(LightningModule):
         super().__init__()
         if skip_nonfinite < 0:
             raise InputError(f"model.skip_nonfinite is {skip_nonfinite}; it must be 0 or more.")
-        if method == "fft" and quantize != "none":
-            raise InputError(
-                f"model.quantize is {quantize} with model.method fft: quantised weights cannot train; "
-                "use model.method lora, or model.quantize none."
-            )
         self.base = base
         self.method = method
         self.quantize = quantize

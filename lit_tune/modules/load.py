@@ -350,7 +350,7 @@ def _drop_inputs_of_int8(model: PreTrainedModel) -> None:
 
     NOTE: it keeps them as attributes of the autograd node, out of reach of gradient checkpointing and of offloading.
     """
-    from bitsandbytes.nn import Linear8bitLt  # noqa: PLC0415
+    from bitsandbytes.nn.modules import Linear8bitLt  # noqa: PLC0415
 
     def forget(_layer: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
         node: Any = output.grad_fn

@@ -48,14 +48,18 @@ def make_optimizer(
         return torch.optim.Adafactor(groups, lr=lr)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr)
-    import bitsandbytes  # noqa: PLC0415  # takes a second
+    return _eight_bit(groups, lr=lr, paged=name == "paged_adamw_8bit")
 
-    if name == "adamw_8bit":
-        eight_bit: Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=lr)
-        return eight_bit
-    paged = bitsandbytes.optim.PagedAdamW8bit(groups, lr=lr)
-    paged.to_gpu = partial(_page, paged)  # what it does before its first step
-    return paged  # type: ignore[no-any-return]
+
+def _eight_bit(groups: list[dict[str, Any]], *, lr: float, paged: bool) -> Optimizer:
+    from bitsandbytes.optim import adamw  # noqa: PLC0415  # takes a second
+
+    made: Any = adamw
+    optimizer: Any = (made.PagedAdamW8bit if paged else made.AdamW8bit)(groups, lr=lr)
+    if paged:
+        optimizer.to_gpu = partial(_page, optimizer)  # what it does before its first step
+    assert isinstance(optimizer, Optimizer)
+    return optimizer
 
 
 def _page(optimizer: Any) -> None:
@@ -117,7 +121,8 @@ class StepInBackward(Optimizer):
     def gradient_norm(self) -> Tensor:
         """Return the norm of all gradients of the last backward pass."""
         norms = [self._norms[p] for group in self.param_groups for p in group["params"] if p in self._norms]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def saved_bytes(method: str, setting: GradientCheckpointing) -> int:
 
 @pytest.mark.parametrize("method", ["lora", "fft"])
 def test_less_is_saved_the_more_is_computed_twice(method: str) -> None:
-    full, half, mlp, none = (saved_bytes(method, setting) for setting in ("full", 2, "mlp", "none"))  # type: ignore[arg-type]
+    full, half, mlp, none = (saved_bytes(method, setting) for setting in ("full", 2, "mlp", "none"))
     assert full < half < none
     assert full < mlp < none
     # What full spares in four layers, every second spares in two; but the rotary embedding is saved for all together,

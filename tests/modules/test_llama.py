@@ -477,12 +477,6 @@ def test_adapters_train_over_a_quantised_base_that_stays_as_it_is(
     assert watch.losses[-1] < watch.losses[0]
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4", "fp4"])
-def test_quantised_weights_cannot_train_in_full(quantize: str) -> None:
-    with pytest.raises(InputError, match=rf"model\.quantize is {quantize} with model\.method fft.*lora"):
-        LlamaTuner(method="fft", quantize=quantize)  # type: ignore[arg-type]
-
-
 # Adapters and checkpoints ---------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """Activations in host memory: the same values come back, once for each storage, and the originals are given up."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +87,7 @@ def test_a_storage_is_copied_once_and_comes_back_once(copies: Copies) -> None:
     copy.back = lambda: back.append(fetched()) or back[-1]  # type: ignore[method-assign,func-returns-value]
     y.backward()  # type: ignore[union-attr]
     assert len({storage.data_ptr() for storage in back}) == 1
+    assert weight.grad is not None
     assert torch.equal(weight.grad, 16 * weight)  # d/dw of 2 * (2w)^2
 
 
@@ -129,9 +132,6 @@ def test_a_graph_that_is_dropped_leaves_nothing(copies: Copies) -> None:
             loss_of(model_of("lora"))
     live = [copy for copy in copies.made if copy.views]
     assert live
-    import gc
-    import weakref
-
     alive = [weakref.ref(copy) for copy in copies.made]
     copies.made.clear()
     live.clear()
@@ -174,7 +174,7 @@ def test_on_a_gpu_memory_falls_and_gradients_stay_the_same_to_the_bit() -> None:
             loss = deep_sum(x, weights)
         held.append((torch.cuda.memory_allocated() - start, saved.bytes_on("cuda"), saved.bytes_on("cpu")))
         loss.backward()
-        gradients.append([weight.grad for weight in weights])
+        gradients.append([weight.grad for weight in weights if weight.grad is not None])
         for weight in weights:
             weight.grad = None
     for other in gradients[1:]:

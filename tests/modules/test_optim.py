@@ -95,7 +95,7 @@ def test_8_bit_adamw_follows_adamw() -> None:
     runs = []
     for name in ("adamw", "adamw_8bit"):
         parameters = weights()
-        optimizer = optimizer_of(name, parameters)  # type: ignore[arg-type]
+        optimizer = optimizer_of(name, parameters)
         for number in range(20):
             step(parameters, optimizer, number)
         runs.append(parameters)
