@@ -12,6 +12,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from typing_extensions import override
 
-from lit_tune import checkpoint, lock, recipes
+from lit_tune import checkpoint, lock, recipes, techniques
 from lit_tune.callbacks.checkpoint import Checkpoint
 from lit_tune.callbacks.continuation import Continuation
 from lit_tune.callbacks.epoch_summary import EpochSummary
@@ -323,7 +324,35 @@ class TuneCLI(LightningCLI):
         trainer.accumulate_grad_batches = self.datamodule.accumulation(
             world=trainer.world_size, given=trainer.accumulate_grad_batches
         )
+        if refused := techniques.refusal(self._choice(trainer, strategy=config["strategy"])):
+            raise InputError(refused)
         return trainer
+
+    def _choice(self, trainer: Trainer, *, strategy: Any) -> techniques.Choice:
+        """Return what the run is set to, for the table of what goes together."""
+        model = self.model
+        # The setting, not the trainer's own: on a CPU Lightning makes bf16 of fp16.
+        precision = str(self.settings["trainer"]["precision"])
+        choice = techniques.Choice(
+            method=model.method,
+            quantize=model.quantize,
+            variant=model.lora.variant,
+            gradient_checkpointing=model.gradient_checkpointing,
+            precision=techniques.PRECISIONS.get(precision, precision),
+            strategy=strategy if isinstance(strategy, str) else type(strategy).__name__,
+            device=trainer.strategy.root_device.type,
+            devices=trainer.world_size,
+        )
+        if self.subcommand not in (None, "fit"):  # to measure a model takes nothing that trains it
+            return choice
+        return replace(
+            choice,
+            optimizer=model.optimizer,
+            optimizer_in_backward=model.optimizer_in_backward,
+            skip_nonfinite=model.skip_nonfinite,
+            accumulate=trainer.accumulate_grad_batches,
+            clip=trainer.gradient_clip_val,
+        )
 
     def _own_callbacks(self, trainer: Any) -> list[Callback]:
         """Return the callbacks that every run has, in the order in which they must run."""
