@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_tune import techniques
 from lit_tune.errors import InputError
 from lit_tune.flops import Matrices, training_flops
 from lit_tune.memory import CATEGORIES, GIB
@@ -85,19 +86,26 @@ class Target:
         self.devices = 1
         self.strategy = "auto"
 
-    def take(self, settings: Any) -> None:
-        """Take the target from the settings, and leave such that can be made anywhere in their place."""
+    def take(self, settings: Any) -> dict[str, Any]:
+        """Take the target from the settings, and leave such that can be made anywhere in their place; return it."""
         from lit_tune.run import default_precision  # noqa: PLC0415
 
         trainer = settings["trainer"]
         self.device = "cpu" if trainer["accelerator"] == "cpu" else "cuda"
         default = default_precision("cpu") if self.device == "cpu" else "bf16-mixed"
-        self.precision = str(trainer["precision"] or default)
+        precision = str(trainer["precision"] or default)
+        self.precision = techniques.PRECISIONS.get(precision, precision)
         self.devices = _count(trainer["devices"]) * int(trainer["num_nodes"])
         self.strategy = str(trainer["strategy"])
         anywhere = {"accelerator": "cpu", "precision": "32-true", "strategy": "auto", "num_nodes": 1}
         for name, value in (anywhere | {"devices": self.devices}).items():
             trainer[name] = value
+        return {
+            "device": self.device,
+            "devices": self.devices,
+            "precision": self.precision,
+            "strategy": self.strategy,
+        }
 
     def free_gib(self) -> float | None:
         """Return what is free on the GPU that is here, with what CUDA's context in this process takes."""
@@ -227,6 +235,11 @@ class Change:
     cost: str
     make: Callable[[Case], Case | None]
 
+    def applied(self, case: Case) -> Case | None:
+        """Return the changed case; None where nothing changes, or where it would not go together with the rest."""
+        made = self.make(case)
+        return made if made is not None and can_be(made) else None
+
 
 @dataclass(frozen=True)
 class Option:
@@ -236,6 +249,26 @@ class Option:
     cost: str
     case: Case
     found: Prediction
+
+
+def can_be(case: Case) -> bool:
+    """Tell whether the techniques of a case go together."""
+    tuner = case.tuner
+    choice = techniques.Choice(
+        method=tuner.method,
+        quantize=tuner.quantize,
+        variant=tuner.lora.variant,
+        optimizer=tuner.optimizer,
+        optimizer_in_backward=tuner.optimizer_in_backward,
+        gradient_checkpointing=tuner.gradient_checkpointing,
+        skip_nonfinite=tuner.skip_nonfinite,
+        precision=case.precision,
+        strategy=case.strategy,
+        device=case.device,
+        devices=case.devices,
+        accumulate=case.accumulate,
+    )
+    return techniques.refusal(choice) is None
 
 
 def _module(**settings: Any) -> Callable[[Case], Case | None]:
@@ -264,8 +297,6 @@ def _halved(samples: int) -> Callable[[Case], Case | None]:
 
 
 def _in_backward(case: Case) -> Case | None:
-    if case.devices > 1 or case.precision.startswith("16") or case.tuner.skip_nonfinite:
-        return None
     made = _module(optimizer_in_backward=True)(case)
     return made and replace(made, accumulate=1)
 
@@ -275,8 +306,6 @@ def _half_weights(case: Case) -> Case | None:
 
 
 def _host_offload(case: Case) -> Case | None:
-    if case.tuner.optimizer_in_backward or case.precision.startswith("16") or "8bit" in case.tuner.optimizer:
-        return None
     return replace(case, strategy=FSDP2_OFFLOAD) if case.strategy != FSDP2_OFFLOAD else None
 
 
@@ -321,7 +350,7 @@ def options(case: Case, room: int) -> list[Option]:
         room: Bytes that the peak may take.
     """
     known = list(changes(case))
-    alone = [Option(c.flags, c.cost, made, predict(made)) for c in known if (made := c.make(case)) is not None]
+    alone = [Option(c.flags, c.cost, made, predict(made)) for c in known if (made := c.applied(case)) is not None]
     found = [option for option in alone if option.found.peak.total <= room]
     together = _combined(case, known, room)
     return found if together is None or together.flags in {option.flags for option in found} else [*found, together]
@@ -332,7 +361,7 @@ def _combined(case: Case, known: list[Change], room: int) -> Option | None:
     taken: list[Change] = []
     now, best = case, predict(case)
     for change in known:
-        made = change.make(now)
+        made = change.applied(now)
         if made is None:
             continue
         found = predict(made)
@@ -355,7 +384,7 @@ def _needed(case: Case, taken: list[Change], room: int) -> list[Change]:
 def _all(case: Case, taken: list[Change]) -> Case | None:
     now: Case | None = case
     for change in taken:
-        now = change.make(now) if now is not None else None
+        now = change.applied(now) if now is not None else None
     return now
 
 

@@ -149,10 +149,11 @@ class TuneCLI(LightningCLI):
         run: bool = True,
         description: str = "Fine-tune LLaMA-family models with LoRA or in full.",
         options: Callable[[LightningArgumentParser], None] | None = None,
-        adjust: Callable[[Any], None] | None = None,
+        adjust: Callable[[Any], dict[str, Any]] | None = None,
     ) -> None:
         self.recipe = recipe
         self._adjust = adjust
+        self._target: dict[str, Any] = {}
         self._options = options
         self._command = arguments[0] if run else "fit"
         self.console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not is_main_process())
@@ -244,7 +245,7 @@ class TuneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         settings = self.settings
         if self._adjust:
-            self._adjust(settings)
+            self._target = self._adjust(settings)
         trainer = settings["trainer"]
         check_devices(trainer["accelerator"], trainer["devices"])
         if trainer["precision"] is None:
@@ -343,6 +344,7 @@ class TuneCLI(LightningCLI):
             device=trainer.strategy.root_device.type,
             devices=trainer.world_size,
         )
+        choice = replace(choice, **self._target)
         if self.subcommand not in (None, "fit"):  # to measure a model takes nothing that trains it
             return choice
         return replace(
@@ -597,14 +599,15 @@ def build(
     *,
     description: str,
     options: Callable[[LightningArgumentParser], None] | None = None,
-    adjust: Callable[[Any], None] | None = None,
+    adjust: Callable[[Any], dict[str, Any]] | None = None,
 ) -> TuneCLI:
     """Build a run from fit's settings without starting it, for the tools that look at one.
 
     Args:
         description: What the tool's `--help` says first.
         options: Adds the tool's own settings to the parser.
-        adjust: Changes the parsed settings before anything is made of them.
+        adjust: Changes the parsed settings before anything is made of them, and returns what the run is for, as fields
+            of `techniques.Choice`, where that is another machine than this one.
     """
     quieten()
     restrict_imports()

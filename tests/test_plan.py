@@ -132,7 +132,7 @@ def test_all_that_is_offered_fits_and_says_how(method: str) -> None:
 
 def test_changes_that_only_do_together_are_offered_without_those_not_needed() -> None:
     of = case()
-    least = min(predict(made).peak.total for change in changes(of) if (made := change.make(of)) is not None)
+    least = min(predict(made).peak.total for change in changes(of) if (made := change.applied(of)) is not None)
     (offered,) = options(of, int(0.98 * least))
     assert offered.found.peak.total <= 0.98 * least
     assert offered.flags.count("--model.") + offered.flags.count("--data.") >= 2
@@ -142,7 +142,7 @@ def test_a_smaller_micro_batch_keeps_the_global_batch() -> None:
     of = case(samples=4)
     for change in changes(of):
         if "micro_batch_size" in change.flags:
-            made = change.make(of)
+            made = change.applied(of)
             assert made is not None
             assert len(made.micro.lengths) * made.accumulate == 4
             assert f"accumulate_grad_batches {made.accumulate}" in change.flags

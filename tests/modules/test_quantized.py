@@ -46,7 +46,8 @@ def quantized(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def plain_weight(layer: Any) -> Tensor:
     weight = layer.weight
     if hasattr(weight, "quant_state"):
-        return dequantize_4bit(weight.data, weight.quant_state)
+        plain: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return plain
     # bitsandbytes' absmax quantisation by rows: 127 stands for a row's largest number.
     rows: Tensor = weight.CB.float() * weight.SCB[:, None] / 127
     return rows
