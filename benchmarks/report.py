@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lit_tune.preview import environment
+from lit_tune.environment import environment
 
 
 def header() -> None:

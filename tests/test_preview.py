@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_tune import preview, recipes
+from lit_tune import environment, recipes
 from tests.tiny_llama import tiny_base
 from tests.tiny_run import RECORDS, lit_tune, write_records
 
@@ -128,7 +128,7 @@ def test_env_tells_versions_and_devices(capsys: pytest.CaptureFixture[str], monk
 
 def test_env_tells_no_names_paths_or_secrets(monkeypatch: pytest.MonkeyPatch, working_directory: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    told = " ".join(preview.environment().values())
+    told = " ".join(environment.environment().values())
     for private in ("hf_secret", str(Path.home()), str(working_directory)):
         assert private not in told
     assert platform.node() not in told.split()
@@ -141,13 +141,13 @@ def test_env_tells_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (3 * 1024**3, 8 * 1024**3))
-    told = preview.environment()
+    told = environment.environment()
     assert told["gpu 0"] == told["gpu 1"] == "A GPU, 8.0 GiB, 3.0 GiB free"
 
 
 def test_a_package_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preview, "PACKAGES", ["no-such-package"])
-    assert preview.environment()["no-such-package"] == "not installed"
+    monkeypatch.setattr(environment, "PACKAGES", ["no-such-package"])
+    assert environment.environment()["no-such-package"] == "not installed"
 
 
 # All ------------------------------------------------------------------------------------------------------------------
