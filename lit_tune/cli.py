@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from lit_tune import signals
-from lit_tune.errors import InputError, Interrupted, NonFiniteError, SaveError
+from lit_tune.errors import InputError, Interrupted, NonFiniteError, OutOfMemoryError, SaveError, is_out_of_memory
 from lit_tune.redact import printable
 
 TRAINER_COMMANDS = {
@@ -91,13 +91,23 @@ def exit_code(action: Callable[[], Any]) -> int:
         return _say(str(error), error.exit_code)
     except Interrupted as stop:
         return _interrupted(stop)
+    except OutOfMemoryError as error:
+        return _short_of_memory(error)
     except MemoryError as error:
         return _say(f"out of host memory: {error}. {_LESS_MEMORY}", 3, on_any_rank=True)
     except RuntimeError as error:
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             return _say(f"out of memory: {str(error).splitlines()[0]} {_LESS_MEMORY}", 3, on_any_rank=True)
         raise
     return 0
+
+
+def _short_of_memory(error: OutOfMemoryError) -> int:
+    """Say it on the rank that it happened to; where it happens to all of them, on rank 0."""
+    code = _say(str(error), error.exit_code, on_any_rank=not error.on_all_ranks)
+    if error.details and (_speaks() or not error.on_all_ranks):
+        print(error.details, flush=True)
+    return code
 
 
 def _interrupted(stop: Interrupted) -> int:

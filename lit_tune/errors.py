@@ -12,6 +12,23 @@ class InputError(ValueError):
     exit_code = 2
 
 
+class OutOfMemoryError(MemoryError):
+    """The GPU or the host has no memory left, or the run took more than it may.
+
+    Args:
+        text: The fault in one line.
+        details: What is printed below it.
+        on_all_ranks: All ranks end with it together.
+    """
+
+    exit_code = 3
+
+    def __init__(self, text: str, details: str = "", *, on_all_ranks: bool = False) -> None:
+        super().__init__(text)
+        self.details = details
+        self.on_all_ranks = on_all_ranks
+
+
 class SaveError(OSError):
     """A checkpoint or result could not be written; what was saved before is intact."""
 
@@ -44,3 +61,11 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
         self.checkpoint = checkpoint
         self.alone = alone
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a fault says that there was no memory left, on a GPU or on the host."""
+    said = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said.lower() or "can't allocate memory" in said)
+    )

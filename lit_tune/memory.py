@@ -6,6 +6,7 @@ weight has constants beside it: so storages are counted, each once, and never nu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -79,6 +80,14 @@ def bytes_on(device: torch.device | str, tensors: Iterable[Tensor]) -> int:
     """Return the bytes of all storages behind the tensors that lie on a kind of device such as `cuda`, each once."""
     kind = torch.device(device).type
     return sum(size for where, size in storages(tensors).values() if where.type == kind)
+
+
+def bytes_by_kind(tensors: Iterable[Tensor]) -> Counter[str]:
+    """Return the bytes of the storages behind the tensors by the kind of device they lie on, each storage once."""
+    found: Counter[str] = Counter()
+    for device, size in storages(tensors).values():
+        found[device.type] += size
+    return found
 
 
 def weight_tensors(module: torch.nn.Module) -> Iterator[Tensor]:

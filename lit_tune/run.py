@@ -27,11 +27,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from typing_extensions import override
 
-from lit_tune import checkpoint, lock, recipes, techniques
+from lit_tune import checkpoint, lock, memory_json, recipes, techniques
+from lit_tune.advice import Change, advice, advice_lines
+from lit_tune.board import Board
 from lit_tune.callbacks.checkpoint import Checkpoint
 from lit_tune.callbacks.continuation import Continuation
 from lit_tune.callbacks.epoch_summary import EpochSummary
 from lit_tune.callbacks.memory import MemoryMonitor
+from lit_tune.callbacks.memory_report import memory_table, plain_text
 from lit_tune.callbacks.parameters import ParameterCount
 from lit_tune.callbacks.progress import TuneProgressBar
 from lit_tune.callbacks.samples import Samples
@@ -39,9 +42,9 @@ from lit_tune.callbacks.stop import GracefulStop
 from lit_tune.callbacks.summary import RunSummary, SampleChange, print_summary
 from lit_tune.callbacks.throughput import Throughput
 from lit_tune.data.describe import overlap
-from lit_tune.data.instruct import InstructData, Prepared
+from lit_tune.data.instruct import DEFAULT_MICRO_BATCH_SIZE, InstructData, Prepared
 from lit_tune.duration import seconds_of
-from lit_tune.errors import InputError
+from lit_tune.errors import InputError, OutOfMemoryError, is_out_of_memory
 from lit_tune.logs import FILE as METRICS_FILE
 from lit_tune.logs import MetricsCsv
 from lit_tune.modules.llama import LlamaTuner
@@ -57,6 +60,12 @@ RESULT = "result"
 CONFIG = "config.yaml"
 PREDICTIONS = "predictions.jsonl"
 DEFAULT_EPOCHS = 3
+
+# Of those that memory depends on, the ones that `memory.json` takes as they are set.
+MEMORY_SETTINGS = {
+    "model": ("base", "method", "quantize", "gradient_checkpointing", "optimizer", "attention"),
+    "data": ("micro_batch_size", "micro_batch_tokens", "global_batch_size", "max_length", "packing"),
+}
 
 # What rank 0 decides is handed to the processes that Lightning launches through their environment.
 NAME_VARIABLE = "LIT_TUNE_RUN_NAME"
@@ -221,6 +230,7 @@ class TuneCLI(LightningCLI):
         )
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(MemoryMonitor, "memory")
         if self._options:
             self._options(parser)
 
@@ -358,14 +368,25 @@ class TuneCLI(LightningCLI):
 
     def _own_callbacks(self, trainer: Any) -> list[Callback]:
         """Return the callbacks that every run has, in the order in which they must run."""
-        self.throughput, self.memory, self.epochs = Throughput(), MemoryMonitor(), EpochSummary()
-        callbacks: list[Callback] = [ParameterCount(), self.throughput, self.memory, self.epochs]
+        self.throughput, self.epochs = Throughput(), EpochSummary()
+        callbacks: list[Callback] = [ParameterCount(), self.throughput, self.epochs]
         self.progress = None if trainer["enable_progress_bar"] is False else TuneProgressBar()
         if self.progress is not None:
             callbacks.append(self.progress)
         if self.subcommand == "fit":
             self._checkpoint.bind(self.directory, flush_logs=self._flush_logs)
+            self.memory.bind(save=self._save_now)
         return callbacks
+
+    def _save_now(self, trainer: Trainer) -> None:
+        self._checkpoint.save(trainer)
+        self._checkpoint.wait(trainer)
+
+    @property
+    def memory(self) -> MemoryMonitor:
+        """What measures memory."""
+        monitor: MemoryMonitor = self._get(self.config_init, "memory")
+        return monitor
 
     @property
     def _checkpoint(self) -> Checkpoint:
@@ -380,21 +401,15 @@ class TuneCLI(LightningCLI):
             saver,
             GracefulStop(saver, time_limit_s=self._time_limit_s, started=self._started),
             Continuation(self.datamodule.place_after),
+            self.memory,
         ]
         config["callbacks"] = [*first, *config["callbacks"]]
-        return super()._instantiate_trainer(config, [callback for callback in callbacks if callback is not saver])
+        return super()._instantiate_trainer(config, [callback for callback in callbacks if callback not in first])
 
     def _own_loggers(self) -> list[Any]:
         assert self.directory is not None
         first_step = self._steps_done
-        board = TensorBoardLogger(
-            self.directory.parent,
-            name=self.directory.name,
-            version="",
-            default_hp_metric=False,
-            purge_step=first_step,  # NOTE: at 0, too: TensorBoard takes a run's first mark of a start for no restart
-        )
-        return [board, MetricsCsv(self.directory, first_step=first_step)]
+        return [Board(self.directory, first_step=first_step), MetricsCsv(self.directory, first_step=first_step)]
 
     def _flush_logs(self) -> None:
         for logger in self.trainer.loggers:
@@ -458,10 +473,16 @@ class TuneCLI(LightningCLI):
     def fit(self, model: LlamaTuner, datamodule: InstructData, **kwargs: Any) -> None:
         """Train, then save the result and print the summary."""
         self._announce()
-        with refusals((MisconfigurationException,)):
-            self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        try:
+            with refusals((MisconfigurationException,)):
+                self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise self._out_of_memory(error) from error
+            raise
         if self.trainer.is_global_zero and self.directory is not None:
             self._log_hyperparameters()
+            self._record_memory()
             # Last: it is what tells a finished run from one that is to be continued.
             save_result(model, datamodule, self.directory / RESULT, precision=str(self.trainer.precision))
             print_summary(self.console, self._summary())
@@ -487,6 +508,60 @@ class TuneCLI(LightningCLI):
             )
         if self.resumed_from:
             self.console.print(f"Going on from {self.resumed_from} (optimizer step {self._steps_done})")
+
+    def _out_of_memory(self, error: Exception) -> OutOfMemoryError:
+        """Say what memory was taken when there was none left, and what to change."""
+        changes, monitor, newest = self._smaller(), self.memory, self._checkpoint.newest
+        if isinstance(error, OutOfMemoryError):
+            text = f"{error}; raise that"
+        else:
+            text = f"out of memory in the {monitor.failed_in}: {(str(error) or repr(error)).splitlines()[0]}"
+        text += f"; try {changes[0].flags}" if changes else ""
+        text += f"; {newest} is intact, go on with --ckpt_path last" if newest else ""
+        details = ["What to change, the cheapest first:", *advice_lines(changes, continues=newest is not None)]
+        if monitor.failed is not None:
+            title = f"Memory in the {monitor.failed_in}"
+            table = memory_table([monitor.failed], title=title, predicted=monitor.predicted, failed=True)
+            details = [plain_text(table), *details]
+        return OutOfMemoryError(text, "\n".join(details), on_all_ranks=getattr(error, "on_all_ranks", False))
+
+    def _smaller(self) -> list[Change]:
+        data, trainer = self.datamodule, self.trainer
+        derived = (data.global_batch_size or 0) // (trainer.world_size * trainer.accumulate_grad_batches)
+        longest = data.prepared.train.lengths.max() if data.prepared else data.max_length
+        return advice(
+            method=self.model.method,
+            quantize=self.model.quantize,
+            gradient_checkpointing=self.model.gradient_checkpointing,
+            optimizer=self.model.optimizer,
+            precision=str(trainer.precision),
+            on_gpu=trainer.strategy.root_device.type == "cuda",
+            micro_batch_size=derived or data.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE,
+            micro_batch_tokens=data.micro_batch_tokens,
+            global_batch_size=data.global_batch_size,
+            accumulate_grad_batches=self.settings["trainer"]["accumulate_grad_batches"],
+            longest_sample=int(longest),
+        )
+
+    def _record_memory(self) -> None:
+        """Write `memory.json`."""
+        monitor = self.memory
+        if self.directory is None or not monitor.largest:
+            return
+        model, data = self.settings["model"], self.settings["data"]
+        settings = {f"model.{name}": model[name] for name in MEMORY_SETTINGS["model"]}
+        settings |= {f"data.{name}": data[name] for name in MEMORY_SETTINGS["data"]}
+        settings |= {
+            "model.lora.rank": self.model.lora.rank if self.model.method == "lora" else None,
+            "trainer.precision": str(self.trainer.precision),
+            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "devices": self.trainer.world_size,
+            "strategy": type(self.trainer.strategy).__name__,
+            "tokens_of_largest_micro_batch": monitor.most_tokens,
+        }
+        peaks = {"gpu_peak_gib": monitor.gpu_peak_gib, "host_peak_gib": monitor.host_peak_gib}
+        content = memory_json.record(monitor.largest, predicted=monitor.predicted, run=peaks, settings=settings)
+        memory_json.write(content, self.directory)
 
     def _log_hyperparameters(self) -> None:
         """Put the settings and the final metrics into TensorBoard's HParams tab."""
@@ -525,6 +600,7 @@ class TuneCLI(LightningCLI):
             ("result", run / RESULT),
             ("config", run / CONFIG),
             ("metrics", run / METRICS_FILE),
+            ("memory", run / memory_json.FILE),
             ("checkpoints", run / checkpoint.DIRECTORY),
         ]
         return RunSummary(
@@ -536,6 +612,8 @@ class TuneCLI(LightningCLI):
             seconds=time.monotonic() - self._started,
             peak_gib=self.memory.peak_gib,
             peak_of="GPU" if on_gpu else "host",
+            memory=self.memory.largest,
+            predicted_memory=self.memory.predicted,
             tokens_per_s=self.throughput.average.get("throughput/tokens_per_s"),
             samples=changes,
             places=[(what, str(path)) for what, path in places],

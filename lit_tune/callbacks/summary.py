@@ -8,6 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_tune.callbacks.epoch_summary import readable_duration
+from lit_tune.callbacks.memory_report import StepMemory, memory_table
+from lit_tune.memory import Footprint
 
 LABEL_WIDTH = 13
 
@@ -33,6 +35,8 @@ class RunSummary:
     seconds: float  # wall time of the run, validation and checkpoints included
     peak_gib: float
     peak_of: str  # "GPU" or "host"
+    memory: Sequence[StepMemory]  # of each rank the step with the highest peak
+    predicted_memory: Footprint | None  # of a rank's peak
     tokens_per_s: float | None  # over the run; None if it took no step
     samples: Sequence[SampleChange]
     places: Sequence[tuple[str, str]]  # what ("config", "result") and its path
@@ -55,6 +59,9 @@ def summary_table(summary: RunSummary) -> RenderableType:
     parts: list[RenderableType] = [Text(), Text(f"Run {summary.name}", style="bold"), _figures(summary)]
     if summary.train_losses:
         parts += [Text(), _losses(summary)]
+    if summary.memory:
+        title = "Memory in the step with the highest peak"
+        parts += [Text(), memory_table(summary.memory, title=title, predicted=summary.predicted_memory)]
     if summary.samples:
         parts += [Text(), _samples(summary.samples)]
     return Group(*parts, Text())
