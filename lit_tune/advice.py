@@ -91,7 +91,7 @@ def advice_lines(changes: list[Change], *, continues: bool) -> list[str]:
     Args:
         continues: There is a checkpoint to go on from, so it is said which changes need a new run instead.
     """
-    lines = []
+    lines = ["What to change, the cheapest first:"] if changes else []
     for change in changes:
         lines += [f"  {change.flags}", f"      {change.effect}" + ("; a new run" if continues and change.fresh else "")]
     return lines

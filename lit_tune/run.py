@@ -306,7 +306,8 @@ class TuneCLI(LightningCLI):
         """Remove the directory that this process has just made, if the run ended before anything worth keeping."""
         if self.directory is None or self.resumed_from is not None or not is_main_process():
             return
-        if not (self.directory / METRICS_FILE).exists() and not checkpoint.step_checkpoints(self.directory):
+        steps = self.trainer.global_step if hasattr(self, "trainer") else 0
+        if not steps and not checkpoint.step_checkpoints(self.directory):
             shutil.rmtree(self.directory, ignore_errors=True)
 
     # -- building ----------------------------------------------------------------------------------------------------
@@ -513,12 +514,15 @@ class TuneCLI(LightningCLI):
         """Say what memory was taken when there was none left, and what to change."""
         changes, monitor, newest = self._smaller(), self.memory, self._checkpoint.newest
         if isinstance(error, OutOfMemoryError):
-            text = f"{error}; raise that"
+            # What a run with a GPU takes of the host does not depend on these.
+            changes = [] if self.trainer.strategy.root_device.type == "cuda" else changes
+            text = f"{error}; raise it" + (" or" if changes else "")
         else:
             text = f"out of memory in the {monitor.failed_in}: {(str(error) or repr(error)).splitlines()[0]}"
-        text += f"; try {changes[0].flags}" if changes else ""
+            text += ";" if changes else ""
+        text += f" try {changes[0].flags}" if changes else ""
         text += f"; {newest} is intact, go on with --ckpt_path last" if newest else ""
-        details = ["What to change, the cheapest first:", *advice_lines(changes, continues=newest is not None)]
+        details = advice_lines(changes, continues=newest is not None)
         if monitor.failed is not None:
             title = f"Memory in the {monitor.failed_in}"
             table = memory_table([monitor.failed], title=title, predicted=monitor.predicted, failed=True)

@@ -19,8 +19,8 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from lit_tune import cli
-from lit_tune.errors import Interrupted, NonFiniteError, SaveError
+from lit_tune import cli, signals
+from lit_tune.errors import Interrupted, NonFiniteError, OutOfMemoryError, SaveError
 from lit_tune.logs import read_metrics
 from tests.tiny import tiny_tokenizer
 from tests.tiny_llama import tiny_base, tiny_llama
@@ -74,6 +74,7 @@ Refusal = Callable[..., str]
             r"out of memory: CUDA out of memory\. Tried Lower",
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 3, "out of memory: DefaultCPUAllocator"),
+        (OutOfMemoryError("too much", "a table\nof it"), 3, "too much"),
         (SaveError("the disk is full"), 4, "the disk is full"),
         (NonFiniteError("the loss is nan"), 5, "the loss is nan"),
         (Interrupted(signal.SIGINT, "a.ckpt"), 130, "stopped by SIGINT; saved a.ckpt; go on with --ckpt_path last"),
@@ -91,6 +92,28 @@ def test_every_fault_has_its_exit_code(
     printed = capsys.readouterr().err
     assert re.match(rf"lit-tune: {said}", printed), printed
     assert printed.count("\n") == 1
+
+
+def test_what_memory_was_taken_follows_the_fault_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> NoReturn:
+        raise OutOfMemoryError("too much", "a table\nof it")
+
+    assert cli.exit_code(fail) == 3
+    assert capsys.readouterr() == ("a table\nof it\n", "lit-tune: too much\n")
+
+
+def test_of_a_fault_on_all_ranks_rank_0_speaks_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*, on_all_ranks: bool) -> NoReturn:
+        raise OutOfMemoryError("too much", "a table", on_all_ranks=on_all_ranks)
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(signals, "let_parent_end", lambda: None)
+    assert cli.exit_code(lambda: fail(on_all_ranks=True)) == 3
+    assert capsys.readouterr() == ("", "")
+    assert cli.exit_code(lambda: fail(on_all_ranks=False)) == 3
+    assert capsys.readouterr() == ("a table\n", "lit-tune: too much\n")
 
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )
@@ -206,7 +207,8 @@ def test_a_run_leaves_its_settings_metrics_checkpoints_and_result(
     assert lit_tune("fit", *tiny, "--data.val_fraction", "0.2") == 0
     home = Path("runs/lora")
     found = {path.name.split(".")[0] if "tfevents" in path.name else path.name for path in home.iterdir()}
-    assert found == {"config.yaml", "metrics.csv", "events", "hparams.yaml", "checkpoints", "result", ".lock"}
+    written = {"config.yaml", "metrics.csv", "memory.json", "events", "hparams.yaml", "checkpoints", "result", ".lock"}
+    assert found == written
     assert sorted(path.name for path in (home / "checkpoints").iterdir()) == ["best.ckpt", "step-00000008.ckpt"]
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "prompt_template.jinja"} <= {
         path.name for path in (home / "result").iterdir()
@@ -315,6 +317,116 @@ def test_fit_alone_trains_the_default_base_on_the_bundled_sample(
     assert settings["model"]["base"] == "smollm2-135m"
     assert settings["data"]["path"] is None
     assert len(losses("lora")) == 2
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_its_memory_was_made_of(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit_tune("fit", *tiny, "--data.micro_batch_size", "2", "--trainer.accumulate_grad_batches", "2") == 0
+    left = json.loads(Path("runs/lora/memory.json").read_text())
+    (rank,) = left["measured"]["ranks"]
+    adapters = 4 * 3584
+    with safe_open("runs/lora/result/adapter_model.safetensors", framework="pt") as weights:
+        tensors = len(list(weights.keys()))
+        assert rank["largest"]["gradients"] == adapters == sum(weights.get_tensor(n).nbytes for n in weights.keys())  # noqa: SIM118
+    assert rank["largest"]["optimizer"] == 2 * adapters + 4 * tensors  # Adam's two moments, and a counter each
+    assert rank["largest"]["activations"] > 0
+    assert sum(rank["categories"].values()) == rank["peak"] == max(rank["phases"].values())
+    assert left["predicted"] is None
+    assert left["settings"]["model.method"] == "lora"
+    assert left["settings"]["trainer.accumulate_grad_batches"] == 2
+    assert left["settings"]["tokens_of_largest_micro_batch"] > 10
+    assert left["environment"]["torch"] == torch.__version__
+
+    rows = read_metrics(Path("runs/lora/metrics.csv"))
+    assert not any(name.startswith("memory_stack") for name in rows[0])
+    peaks = [max(float(row[f"memory/peak_{phase}_gib"]) for phase in ("forward", "backward")) for row in rows]
+    parts = ("weights", "gradients", "optimizer", "activations", "other")
+    sums = [sum(float(row[f"memory/{part}_gib"]) for part in parts) for row in rows]
+    assert all(total >= peak - 1e-6 for total, peak in zip(sums, peaks, strict=True))
+    said = capsys.readouterr().out
+    assert said.count("Memory in the first step (optimizer step 0)") == 1
+    assert said.count("Memory in the step with the highest peak") == 1
+
+
+def test_a_run_over_its_host_limit_saves_and_can_go_on(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    tiny += ["--data.val_fraction", "0.05"]
+    assert lit_tune("fit", *tiny, "--name", "whole") == 0
+    capsys.readouterr()
+    assert lit_tune("fit", *tiny, "--name", "parts", "--memory.host_limit_gib", "0.01") == 3
+    told = capsys.readouterr()
+    assert re.fullmatch(
+        r"lit-tune: the run takes \d+\.\d\d GiB of host memory after optimizer step 0, more than "
+        r"memory\.host_limit_gib 0\.01; raise it or try --data\.micro_batch_size 2 "
+        r"--trainer\.accumulate_grad_batches 2; runs/parts/checkpoints/step-00000001\.ckpt is intact, go on with "
+        r"--ckpt_path last\n",
+        told.err,
+    )
+    assert "Memory in the pause before optimizer step 1\nhost" in told.out
+    assert "  --model.gradient_checkpointing full\n" in told.out
+    assert not Path("runs/parts/result").exists()
+    assert lit_tune("fit", *tiny, "--name", "parts", "--ckpt_path", "last") == 0
+    assert_as_uninterrupted("parts", "whole")
+
+
+def out_of_memory_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the GPU that is not there have no memory left in optimizer step `step`."""
+    nll: Callable[..., Any] = LlamaTuner.nll
+
+    def fails(module: LlamaTuner, batch: dict[str, Any]) -> Any:
+        found = nll(module, batch)
+        if batch["step"] == step and module.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
+        return found
+
+    monkeypatch.setattr(LlamaTuner, "nll", fails)
+
+
+def test_a_run_that_ran_out_of_memory_tells_of_what_and_can_go_on(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*tiny, "--data.val_fraction", "0.05", "--checkpoint.every_n_steps", "2"]
+    assert lit_tune("fit", *settings, "--name", "whole") == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        out_of_memory_in(patch, 3)
+        assert lit_tune("fit", *settings, "--name", "parts") == 3
+    told = capsys.readouterr()
+    assert told.err == (
+        "lit-tune: out of memory in the forward pass of optimizer step 3: CUDA out of memory. Tried to allocate 2.00 "
+        "GiB.; try --data.micro_batch_size 2 --trainer.accumulate_grad_batches 2; "
+        "runs/parts/checkpoints/step-00000002.ckpt is intact, go on with --ckpt_path last\n"
+    )
+    assert "Memory in the forward pass of optimizer step 3\nhost" in told.out
+    assert "4 bits a frozen weight, at some cost in speed; a new run\n" in told.out
+    assert lit_tune("fit", *settings, "--name", "parts", "--ckpt_path", "last") == 0
+    assert_as_uninterrupted("parts", "whole")
+
+
+def test_out_of_memory_in_the_first_step_leaves_no_directory(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_of_memory_in(monkeypatch, 0)
+    assert lit_tune("fit", *tiny, "--model.method", "fft") == 3
+    told = capsys.readouterr()
+    assert "out of memory in the forward pass of optimizer step 0" in told.err
+    assert "go on with" not in told.err
+    activations = next(line for line in told.out.splitlines() if line.startswith("activations"))
+    assert activations.split()[1] != "0.0"  # what autograd had saved by then
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_out_of_memory_as_the_model_is_loaded_is_told(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(module: LlamaTuner) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(LlamaTuner, "configure_model", fails)
+    assert lit_tune("fit", *tiny) == 3
+    assert "out of memory in the start, before the first step: MemoryError(); try " in capsys.readouterr().err
+    assert list(Path("runs").iterdir()) == []
 
 
 # Going on -------------------------------------------------------------------------------------------------------------

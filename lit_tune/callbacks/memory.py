@@ -199,7 +199,8 @@ class MemoryMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if is_out_of_memory(exception):
             self.failed_in = self._place(trainer)
-            self.failed = self._measure_failure(trainer, pl_module)
+            failed = self._measure_failure(trainer, pl_module)
+            self.failed = failed.of_host() if self._over_limit_gib is not None else failed
 
     def measure(self, device: torch.device, *, step: int) -> StepMemory:
         """Measure device and host, and remember the run's peaks."""
@@ -309,11 +310,12 @@ class MemoryMonitor(Callback):
 
     def _place(self, trainer: Trainer) -> str:
         """Say what the run was at."""
-        if self._over_limit_gib is not None or trainer.training:
-            step = trainer.global_step
-            at = {FORWARD: "forward pass of", BACKWARD: "backward pass of", UPDATE: "update of", None: "pause before"}
-            return f"{at[self._phase]} optimizer step {step}"
-        return "validation" if trainer.validating or trainer.sanity_checking else "start, before the first step"
+        if trainer.validating or trainer.sanity_checking:
+            return "validation"
+        if not self._steps_begun:
+            return "start, before the first step"
+        at = {FORWARD: "forward pass of", BACKWARD: "backward pass of", UPDATE: "update of", None: "pause before"}
+        return f"{at[self._phase]} optimizer step {trainer.global_step}"
 
     def _measure_failure(self, trainer: Trainer, pl_module: LightningModule) -> StepMemory:
         """Count what there is now; of activations what autograd had saved, else as many as at last."""
@@ -357,5 +359,6 @@ def _of_all_ranks(trainer: Trainer, numbers: list[int]) -> list[list[int]]:
     if trainer.world_size == 1:
         return [numbers]
     own = torch.tensor(numbers, device=trainer.strategy.root_device)
-    gathered: list[list[int]] = trainer.strategy.all_gather(own).tolist()
-    return gathered
+    gathered = [torch.empty_like(own) for _ in range(trainer.world_size)]
+    torch.distributed.all_gather(gathered, own)
+    return [each.tolist() for each in gathered]

@@ -65,6 +65,10 @@ class StepMemory:
         """Whether the step was computed on a GPU."""
         return self.total > 0
 
+    def of_host(self) -> StepMemory:
+        """Return the figures of the process's host memory alone."""
+        return StepMemory(self.step, (0, 0, self.host.total), self.host, self.host, self.host, self.rss, self.rss_peak)
+
     def numbers(self) -> list[int]:
         """Return all figures as one list, to be sent to other ranks."""
         return [number for part in astuple(self) for number in (part if isinstance(part, tuple) else (part,))]
@@ -152,16 +156,22 @@ def memory_table(
     number, largest = max(enumerate(ranks), key=lambda rank: rank[1].peak)
     place = ("GPU" if largest.on_gpu else "host") + (f" of rank {number}" if len(ranks) > 1 else "")
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column(place, no_wrap=True, min_width=11)
-    for heading in ("at the peak", "share", *(("predicted", "off by") if predicted else ()), "at most"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column(place, overflow="fold")
+    most_heading = () if failed else ("at most",)
+    for heading in (
+        "allocated" if failed else "at the peak",
+        "share",
+        *(("predicted", "off by") if predicted else ()),
+        *most_heading,
+    ):
+        table.add_column(heading, justify="right", overflow="fold")
     for name, size in vars(largest.device).items():
         expected = None if predicted is None else int(getattr(predicted, name))
-        most = "" if name == "other" else size_text(getattr(largest.most, name))
-        table.add_row(name, *_cells(size, expected, of=largest.device.total), most)
+        most = [] if failed or name == "other" else [size_text(getattr(largest.most, name))]
+        table.add_row(name, *_cells(size, expected, of=largest.device.total), *most)
     expected = None if predicted is None else predicted.total
     table.add_row("all", *_cells(largest.device.total, expected, of=largest.device.total), style="bold")
-    lines = [] if failed else [Text(f"peaks by phase: {_phases(largest)}")]
+    lines = [] if failed else [Text(f"peaks in GiB: {_phases(largest)}")]
     if largest.on_gpu:
         lines.append(Text(f"reserved {size_text(largest.reserved)}; of the GPU {_used(largest)} in use"))
     lines.append(Text(_host(ranks)))
@@ -182,7 +192,7 @@ def _cells(size: int, expected: int | None, *, of: int) -> list[str]:
 def _phases(memory: StepMemory) -> str:
     highest = memory.peak_phase
     parts = (
-        f"{name} {size / GIB:.2f} GiB{' (the highest)' if name == highest else ''}"
+        f"{name} {size / GIB:.2f}{' (highest)' if name == highest else ''}"
         for name, size in zip(PHASES, memory.phases, strict=True)
     )
     return ", ".join(parts)

@@ -6,6 +6,8 @@ from rich.console import Console
 
 from lit_tune.callbacks.summary import RunSummary, SampleChange, parameters_text, print_summary
 
+from .test_memory_report import MADE_OF, ON_CPU
+
 LONG_PATH = "/home/somebody/a-rather-long-project-name/experiments/runs/smollm2-alpaca-lora-r16/checkpoints/last.ckpt"
 SUMMARY = RunSummary(
     name="demo",
@@ -16,6 +18,8 @@ SUMMARY = RunSummary(
     seconds=81.0,
     peak_gib=1.914,
     peak_of="host",
+    memory=[ON_CPU],
+    predicted_memory=MADE_OF,
     tokens_per_s=1276.4,
     samples=[
         SampleChange("Name a colour.", "The colour is [red]. " * 6, "Blue."),
@@ -46,6 +50,11 @@ def test_nothing_is_cut_off(width: int, soft_wrap: bool) -> None:
     assert "\x1b" not in text
 
 
+def test_the_memory_stands_beside_its_prediction() -> None:
+    assert "predicted" in printed(SUMMARY, 80)
+    assert "activations" in printed(SUMMARY, 80)
+
+
 def test_losses_are_one_row_an_epoch() -> None:
     rows = [line.split() for line in printed(SUMMARY, 80).splitlines()]
     assert ["0", "1.8321", "-"] in rows
@@ -57,10 +66,11 @@ def test_answers_are_text_not_markup() -> None:
 
 
 def test_a_run_without_an_epoch_or_samples() -> None:
-    bare = dataclasses.replace(SUMMARY, train_losses=[], val_losses=[], samples=[], tokens_per_s=None)
+    bare = dataclasses.replace(SUMMARY, train_losses=[], val_losses=[], samples=[], tokens_per_s=None, memory=[])
     text = printed(bare, 80)
     assert "train loss" not in text
     assert "before" not in text
+    assert "weights" not in text
     assert "throughput" not in text
 
 

@@ -358,10 +358,16 @@ RUNS = {
     ),
     "out of memory": Fault(
         [],
-        ["out of memory", "Lower data.micro_batch_size"],
+        ["out of memory in the forward pass of optimizer step 0", "try --data.micro_batch_size 2"],
         raising(LlamaTuner, "training_step", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
         code=3,
     ),
+    "more host memory than allowed": Fault(
+        ["--trainer.max_steps", "2", "--memory.host_limit_gib", "0.001"],
+        ["of host memory after optimizer step 0", "memory.host_limit_gib 0.001", "--ckpt_path last"],
+        code=3,
+    ),
+    "no host memory allowed at all": Fault(["--memory.host_limit_gib", "0"], ["memory.host_limit_gib", "more than 0"]),
     "a loss that is not finite": Fault(
         ["--model.learning_rate", "1e30", "--trainer.max_steps", "3"],
         ["optimizer step", "is nan", "Lower model.learning_rate"],
