@@ -124,7 +124,12 @@ class SavedTensors:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what is saved within; the tensors themselves stay as they are."""
-        with saved_tensors_hooks(self.note, lambda tensor: tensor):
+
+        def pack(tensor: Tensor) -> Tensor:
+            # NOTE: an output that its own node kept as it is would hold that node: without a backward pass never freed.
+            return self.note(tensor) if tensor.is_leaf else self.note(tensor).detach()
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
 
     def note(self, tensor: Tensor) -> Tensor:

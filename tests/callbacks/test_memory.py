@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -292,6 +293,17 @@ def test_weights_gradients_adam_and_activations_are_counted_to_the_byte(tmp_path
     assert step.device == step.host
     assert step.device.total == step.peak
     assert step.device.other > 50 * 2**20  # Python and torch
+
+
+def test_counting_holds_nothing_that_would_otherwise_go() -> None:
+    saved = SavedTensors()
+    with saved.counting():
+        root = torch.ones(256, requires_grad=True)
+        output = root.exp()  # its backward pass needs the output
+    there = weakref.ref(output)
+    assert saved.bytes_on("cpu") == 1024
+    del output
+    assert there() is None
 
 
 def test_without_a_place_to_count_in_activations_are_part_of_other(tmp_path: Path) -> None:
