@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.report import figures, header, timed
-from lit_tune.callbacks.memory import peak_rss_bytes
+from lit_tune.callbacks.memory_sources import peak_rss_bytes
 from lit_tune.checkpoint import AtomicCheckpointIO, read
 from lit_tune.modules.load import load_config
 from lit_tune.modules.lora import Lora, apply_lora

@@ -27,7 +27,8 @@ def advice(
     *,
     method: str,
     quantize: str,
-    gradient_checkpointing: str,
+    gradient_checkpointing: str | int,
+    offload_activations: bool,
     optimizer: str,
     precision: str,
     on_gpu: bool,
@@ -47,9 +48,12 @@ def advice(
     changes = _smaller_batches(
         micro_batch_size, micro_batch_tokens, global_batch_size, accumulate_grad_batches, longest_sample
     )
-    if gradient_checkpointing == "none":
+    if gradient_checkpointing != "full":
         effect = "keeps each layer's input alone, for a third to a half more time"
         changes.append(Change("--model.gradient_checkpointing full", effect))
+    if on_gpu and not offload_activations:
+        effect = "activations wait in host memory, and go over the bus twice"
+        changes.append(Change("--model.offload_activations true", effect))
     if on_gpu and precision == "32-true":
         effect = "halves activations" + (", and frozen weights" if method == "lora" else "")
         changes.append(Change("--trainer.precision bf16-mixed", effect, fresh=True))
@@ -57,7 +61,7 @@ def advice(
         changes.append(Change("--model.quantize nf4", "4 bits a frozen weight, at some cost in speed", fresh=True))
     if method == "fft":
         if optimizer == "adamw":
-            changes.append(Change("--model.optimizer adafactor", "nearly no optimizer state", fresh=True))
+            changes.append(Change("--model.optimizer adamw_8bit", "a quarter of the optimizer state", fresh=True))
         effect = "gradients and optimizer state of small adapters alone"
         changes.append(Change("--model.method lora", effect, fresh=True))
     changes.append(

@@ -63,7 +63,7 @@ DEFAULT_EPOCHS = 3
 
 # Of those that memory depends on, the ones that `memory.json` takes as they are set.
 MEMORY_SETTINGS = {
-    "model": ("base", "method", "quantize", "gradient_checkpointing", "optimizer", "attention"),
+    "model": ("base", "method", "quantize", "gradient_checkpointing", "offload_activations", "optimizer", "attention"),
     "data": ("micro_batch_size", "micro_batch_tokens", "global_batch_size", "max_length", "packing"),
 }
 
@@ -537,6 +537,7 @@ class TuneCLI(LightningCLI):
             method=self.model.method,
             quantize=self.model.quantize,
             gradient_checkpointing=self.model.gradient_checkpointing,
+            offload_activations=self.model.offload_activations,
             optimizer=self.model.optimizer,
             precision=str(trainer.precision),
             on_gpu=trainer.strategy.root_device.type == "cuda",

@@ -14,6 +14,7 @@ SETTINGS: dict[str, Any] = {
     "method": "lora",
     "quantize": "none",
     "gradient_checkpointing": "none",
+    "offload_activations": True,
     "optimizer": "adamw",
     "precision": "bf16-mixed",
     "on_gpu": True,
@@ -40,7 +41,7 @@ def test_lora_is_advised_smaller_batches_then_checkpointing_then_four_bits() -> 
 
 def test_full_training_is_advised_another_optimizer_then_adapters() -> None:
     assert flags(method="fft", gradient_checkpointing="full", micro_batch_size=1) == [
-        "--model.optimizer adafactor",
+        "--model.optimizer adamw_8bit",
         "--model.method lora",
         "--data.max_length 512",
     ]
@@ -48,7 +49,7 @@ def test_full_training_is_advised_another_optimizer_then_adapters() -> None:
 
 def test_what_is_set_already_is_not_advised() -> None:
     assert flags(quantize="nf4", gradient_checkpointing="full", micro_batch_size=1) == ["--data.max_length 512"]
-    assert flags(method="fft", optimizer="sgd", gradient_checkpointing="mlp")[1:] == [
+    assert flags(method="fft", optimizer="sgd", gradient_checkpointing="full")[1:] == [
         "--model.method lora",
         "--data.max_length 512",
     ]

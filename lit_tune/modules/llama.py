@@ -36,7 +36,6 @@ from lit_tune.modules.lora import (
     Lora,
     apply_lora,
     count_parameters,
-    is_adapter_parameter,
     keep_activations_half,
     load_adapter,
 )
@@ -234,8 +233,6 @@ class LlamaTuner(LightningModule):
         """Make a base, loaded or of shapes alone, the model that this module trains."""
         self.model = make_trainable(base, method=self.method, lora=self.lora, adapter=self.adapter)
         checkpoint_blocks(checkpointed_blocks(self.decoder, self.gradient_checkpointing))
-        if self.method == "lora":
-            self._keep_adapters_fp32()
         if compute_dtype(str(self.trainer.precision)) in (torch.bfloat16, torch.float16):
             keep_activations_half(self.model)
 
@@ -254,11 +251,15 @@ class LlamaTuner(LightningModule):
         """Return (total, trainable) numbers of parameters."""
         return count_parameters(self.model)
 
-    def _keep_adapters_fp32(self) -> None:
-        """Undo the cast of adapters to half precision that Lightning's `*-true` makes of the whole module."""
-        for name, parameter in self.model.named_parameters():
-            if is_adapter_parameter(name) and parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    @override
+    def to(self, *args: Any, **kwargs: Any) -> LlamaTuner:
+        """Move to a device; dtypes stay as `configure_model` has chosen them.
+
+        NOTE: Lightning's `*-true` asks for the whole module in half precision: it would round the adapters, and the
+        frequencies of the rotary embedding, of which positions far apart would become one.
+        """
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device=device, non_blocking=non_blocking)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -378,9 +379,13 @@ class LlamaTuner(LightningModule):
         torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), self._gradient_norm)
 
     @override
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Lightning does so behind the next forward pass, which gradients as large as the weights would lie beside.
+        optimizer.zero_grad(set_to_none=True)
+
+    @override
     def configure_optimizers(self) -> Any:
-        if self.method == "lora":
-            self._keep_adapters_fp32()
         optimizer = make_optimizer(
             self.optimizer,
             self.parameters(),

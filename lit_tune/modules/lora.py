@@ -226,11 +226,6 @@ def keep_activations_half(model: torch.nn.Module) -> None:
             vars(module)["cast_input_dtype_enabled"] = False
 
 
-def is_adapter_parameter(name: str) -> bool:
-    """Tell whether a parameter of this name belongs to an adapter (PEFT's own naming)."""
-    return "lora_" in name
-
-
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Return (total, trainable) numbers of parameters; a 4-bit weight counts as the numbers it stands for."""
     total = trainable = 0

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -224,6 +224,25 @@ def test_weights_and_optimizer_states_have_the_dtypes_that_the_precision_asks_fo
     assert watch.losses[-1] < watch.losses[0]
     # bf16 keeps 8 bits: a loss of 6.4 is right to about 0.03, whatever is stored in which dtype.
     assert watch.losses[0] == pytest.approx(6.4, abs=0.1)
+    # In bf16 positions far apart would be one: transformers makes the rotary embedding's frequencies in fp32 too.
+    assert {buffer.dtype for buffer in module.model.buffers()} == {torch.float32}
+
+
+class GradientsAtStart(Callback):
+    """Notes at the start of each micro-batch whether there are gradients."""
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.found.append(any(parameter.grad is not None for parameter in pl_module.parameters()))
+
+
+def test_no_gradient_of_an_earlier_step_lives_in_a_forward_pass(make: Make, data: MakeData) -> None:
+    watch = GradientsAtStart()
+    train(make(method="fft"), data(), watch, accumulate_grad_batches=2, max_steps=3)
+    assert watch.found == [False, True, False, True, False, True]
 
 
 # Losses that are no numbers -------------------------------------------------------------------------------------------
