@@ -118,7 +118,7 @@ class LlamaTuner(LightningModule):
         schedule: How the rate falls after the warm-up: on half a cosine, linearly, or not at all.
         gradient_checkpointing: `full` keeps only each layer's input and computes the rest again in the backward pass:
             much less activation memory for a third to a half more time. A number N does so for every N-th layer,
-            `mlp` only for the feed-forward half of each: more than half of the memory for less than half of the time.
+            `mlp` only for the feed-forward half of each: a third to a half of what `full` saves, for half of its time.
             `none` keeps all; `auto` takes the cheapest of these that fits. Losses are the same to the bit.
         offload_activations: Keep what the backward pass needs of the forward pass in host memory, beside checkpointing
             or instead of it: the GPU holds a few layers' activations at a time, the host (pinned) all, and each goes

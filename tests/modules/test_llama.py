@@ -1,5 +1,6 @@
 """The module under a real Trainer: its loss against plain transformers, its steps against plain torch, its dtypes."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from lit_tune import checkpoint
 from lit_tune.callbacks.continuation import Continuation
 from lit_tune.data.instruct import InstructData
 from lit_tune.errors import InputError, NonFiniteError
+from lit_tune.memory import SavedTensors, weight_tensors
 from lit_tune.modules import llama
 from lit_tune.modules.llama import LlamaTuner
 from lit_tune.modules.lora import Lora
@@ -197,6 +199,33 @@ def test_every_lora_b_moves(make: Make, data: MakeData, setting: str) -> None:
     assert len(moved) == 2 * len(LORA.targets)  # two layers
 
 
+@pytest.mark.parametrize("method", ["lora", "fft"])
+def test_what_the_forward_pass_saves_is_counted_with_offloading_as_without(
+    make: Make, data: MakeData, method: str
+) -> None:
+    counts = []
+    for setting, offloads in itertools.product(("none", "mlp", "full"), (False, True)):
+        module = make(method=method, gradient_checkpointing=setting, offload_activations=offloads)
+        if module._offload is not None:
+            module._offload.smallest_bytes = 0
+        count = Count()
+        train(module, data(), count, max_steps=1)
+        counts.append(count.saved)
+    assert counts[0] == counts[1] > counts[2] == counts[3] > counts[4] == counts[5] > 0
+
+
+class Count(Callback):
+    """Have the module count what it saves, and read that where it is complete."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.saved_tensors = SavedTensors(weight_tensors(pl_module))
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        self.saved = pl_module.saved_tensors.bytes_on("cpu")
+
+
 # Precision ------------------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +349,11 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_before_the_weights_c
     assert "\n" not in str(refused.value)
     assert "skipped" not in str(refused.value)
     assert_same({name: poison.before[0][name] for name in trained_weights(module)}, trained_weights(module))
+
+
+def test_so_it_is_in_fp16_without_a_scaler(make: Make, data: MakeData) -> None:
+    with pytest.raises(NonFiniteError, match=r"^the gradient of optimizer step 1 is "):
+        train(make(), data(), Poison("gradient", 1), precision="16-true")
 
 
 def named(ids: list[int]) -> str:
