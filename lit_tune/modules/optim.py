@@ -90,9 +90,6 @@ class StepInBackward(Optimizer):
         self.check = check
         self._norms: dict[Tensor, Tensor] = {}
         self._share()
-        for index, group in enumerate(self.param_groups):
-            for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(self._hook_of(index))
 
     def _share(self) -> None:
         self.state, self.param_groups = self.inner.state, self.inner.param_groups
@@ -115,8 +112,17 @@ class StepInBackward(Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Run the closure, in whose backward pass the steps are made."""
         self._norms = {}
-        with torch.enable_grad():
-            return closure()
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(self._hook_of(index))
+            for index, group in enumerate(self.param_groups)
+            for parameter in group["params"]
+        ]
+        try:
+            with torch.enable_grad():
+                return closure()
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of all gradients of the last backward pass."""

@@ -126,7 +126,7 @@ class Alive(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         for parameter in pl_module.parameters():
-            # Runs before the hook that steps the parameter and drops the gradient: hooks are called in their order.
+            # Called before this gradient is kept.
             parameter.register_hook(lambda _: self.in_backward.append(self.alive(pl_module)))
 
     @staticmethod
@@ -161,6 +161,18 @@ def test_a_run_goes_on_to_the_bit_in_either_way(
     run(base, records, rest, optimizer=optimizer, in_backward=after, start=start, max_epochs=2)
     assert rest.logged == whole.logged[STEPS + 1 :]
     assert_same(rest.weights[-1], whole.weights[-1])
+
+
+def test_a_module_that_is_fitted_again_is_stepped_once(base: str, records: str) -> None:
+    """The hooks of the first optimizer must be gone when there is a second."""
+    runs = []
+    for in_backward in (True, False):
+        data = InstructData(path=records, template="chatml", micro_batch_size=8)
+        module = LlamaTuner(base=base, method="fft", learning_rate=1e-2, optimizer_in_backward=in_backward)
+        for _ in range(2):
+            train(module, data, gradient_clip_val=None)
+        runs.append(trained_weights(module))
+    assert_same(*runs)
 
 
 class Poison(Callback):
