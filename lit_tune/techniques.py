@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 FOUR_BITS = ("nf4", "fp4")
 EIGHT_BIT_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
-ONE_PROCESS = ("auto", "single_device")
+# Strategies by their names, or by the class where a configuration builds one.
+ONE_PROCESS = ("auto", "single_device", "SingleDeviceStrategy")
+SHARDING = ("fsdp", "FSDP", "ModelParallel", "Sharded", "deepspeed", "DeepSpeed")
 HOST_OFFLOAD = ("fsdp2_cpu_offload", "deepspeed_stage_3_offload")
 # Lightning's short forms.
 PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -48,7 +50,7 @@ class Choice:
     @property
     def sharded(self) -> bool:
         """Whether parameters are cut into parts, one for each device, or lie in host memory."""
-        return self.strategy.startswith(("fsdp", "deepspeed"))
+        return self.strategy.startswith(SHARDING)
 
 
 class Rule(NamedTuple):

@@ -178,6 +178,12 @@ def test_a_refusal_tells_value_reason_and_remedy_in_a_line(choice: Choice, reaso
         assert shown in text.rpartition(";" if ";" in text else "use")[2] or f"{shown} or more" in text, shown
 
 
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "ShardedStrategy", "DeepSpeedStrategy"])
+def test_a_strategy_built_in_the_configuration_is_known_by_its_class(name: str) -> None:
+    assert "cannot be cut into shards" in str(refusal(Choice(quantize="nf4", strategy=name, device="cuda")))
+    assert refusal(replace(IN_BACKWARD, strategy="SingleDeviceStrategy")) is None
+
+
 def test_every_row_of_the_table_has_a_reason_above() -> None:
     assert {rule.says for rule in RULES if any(rule.excludes(choice) for choice, _, _ in REASONS)} == {
         rule.says for rule in RULES
