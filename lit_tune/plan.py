@@ -16,7 +16,8 @@ from lit_tune.errors import InputError
 from lit_tune.flops import Matrices, training_flops
 from lit_tune.memory import CATEGORIES, GIB
 from lit_tune.modules import load
-from lit_tune.predict import FSDP2_OFFLOAD, Case, MicroBatch, Prediction, predict, same_settings
+from lit_tune.predict import FSDP2_OFFLOAD, Case, Prediction, predict, same_settings
+from lit_tune.workload import MicroBatch, largest_micro_batch
 
 if TYPE_CHECKING:
     from lit_tune.run import TuneCLI
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 # What a process takes of a GPU before its first tensor: the CUDA context and the kernels' code.
 CONTEXT_GIB = 0.5
 USUAL_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
-EPOCHS_LOOKED_AT = 10
 MOST_CHANGES = 12
 
 
@@ -152,31 +152,11 @@ def _micro_batch(built: TuneCLI, tokens: int | None) -> MicroBatch:
     if load.has_tokenizer(built.model.base):
         data.trainer = built.trainer
         data.prepare(built.model.load_tokenizer)
-        return largest(data)
+        return largest_micro_batch(data)
     size = data.micro_batch_tokens or data.max_length
     count = 1 if data.micro_batch_tokens else data.cut(world=1, accumulate=1).samples
     assert count is not None
     return MicroBatch((size,) * count, (size - 1) * count, packed=data.packing)
-
-
-def largest(data: Any) -> MicroBatch:
-    """Return the micro-batch with the most tokens of a run's first epochs."""
-    source = data.source()
-    epochs = data.trainer.max_epochs
-    most = MicroBatch((2,), 1)
-    for epoch in range(min(EPOCHS_LOOKED_AT, epochs) if epochs and epochs > 0 else EPOCHS_LOOKED_AT):
-        for step in source.plan(epoch):
-            for micro in step:
-                for samples in micro:
-                    if samples:
-                        found = _shape(source, samples, packed=data.packing)
-                        most = max(most, found, key=lambda batch: (batch.tokens, batch.supervised))
-    return most
-
-
-def _shape(source: Any, samples: list[int], *, packed: bool) -> MicroBatch:
-    lengths = tuple(int(source.data.lengths[i]) for i in samples)
-    return MicroBatch(lengths, source.supervised_tokens([[samples]]), packed=packed)
 
 
 def matrices(case: Case, adapters: int) -> Matrices:

@@ -36,8 +36,10 @@ from lit_tune.memory import (
     weight_tensors,
 )
 from lit_tune.modules import attention, load
+from lit_tune.modules.checkpointing import GradientCheckpointing
 from lit_tune.modules.llama import LlamaTuner, compute_dtype, storage_dtype
 from lit_tune.modules.offload import COPIES_UNDER_WAY, FETCHED_AHEAD, SMALLEST_BYTES
+from lit_tune.workload import MicroBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -59,26 +61,6 @@ FORWARD, LOSS, BACKWARD_LAST, BACKWARD_MIDDLE, BACKWARD_FIRST, OPTIMIZER = (
     "backward pass, first layers",
     "optimizer step",
 )
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The shape of a micro-batch.
-
-    Args:
-        lengths: Tokens of each sample.
-        supervised: How many of all tokens have a label.
-        packed: The samples lie in one row; else each in a row of its own, padded to the longest.
-    """
-
-    lengths: tuple[int, ...]
-    supervised: int
-    packed: bool = True
-
-    @property
-    def tokens(self) -> int:
-        """Places in its rows, padding included."""
-        return sum(self.lengths) if self.packed else max(self.lengths) * len(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -556,3 +538,15 @@ def _weights(traced: Trace) -> int:
 
 def _optimizer(traced: Trace) -> int:
     return max(found.optimizer for found in traced.moments.values())
+
+
+# By what they cost: how much of the forward pass is computed again.
+_CHECKPOINTING: tuple[GradientCheckpointing, ...] = ("none", 4, "mlp", 2, "full")
+
+
+def cheapest_checkpointing(case: Case, room: int) -> GradientCheckpointing:
+    """Return the cheapest gradient checkpointing with which a device holds no more than `room` bytes; else `full`."""
+    for setting in _CHECKPOINTING[:-1]:
+        if predict(replace(case, tuner=same_settings(case.tuner, gradient_checkpointing=setting))).peak.total <= room:
+            return setting
+    return _CHECKPOINTING[-1]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -47,6 +47,7 @@ from lit_tune.duration import seconds_of
 from lit_tune.errors import InputError, OutOfMemoryError, is_out_of_memory
 from lit_tune.logs import FILE as METRICS_FILE
 from lit_tune.logs import MetricsCsv
+from lit_tune.memory import GIB, Footprint
 from lit_tune.modules.llama import LlamaTuner
 from lit_tune.modules.load import load_config
 from lit_tune.parser import TuneParser, refusals, restrict_imports, suggestion
@@ -55,6 +56,9 @@ from lit_tune.redact import redact
 from lit_tune.result import save_result, steps_of
 from lit_tune.runs import RUNS, check_name, fresh_name, last_checkpoint, make_directory, run_of, runs_named, shown
 from lit_tune.signals import is_launched
+
+if TYPE_CHECKING:
+    from lit_tune.predict import Case
 
 RESULT = "result"
 CONFIG = "config.yaml"
@@ -70,6 +74,7 @@ MEMORY_SETTINGS = {
 # What rank 0 decides is handed to the processes that Lightning launches through their environment.
 NAME_VARIABLE = "LIT_TUNE_RUN_NAME"
 CHECKPOINT_VARIABLE = "LIT_TUNE_CKPT_PATH"
+CHECKPOINTING_VARIABLE = "LIT_TUNE_GRADIENT_CHECKPOINTING"
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": DEFAULT_EPOCHS,
@@ -425,6 +430,7 @@ class TuneCLI(LightningCLI):
         """Do what can fail, in the launching process, before any other is started."""
         self.prepare()
         self.datamodule.trainer = self.trainer
+        self._resolve_checkpointing()
         total = self.datamodule.total_steps()
         if self.progress is not None:
             self.progress.total_steps = total
@@ -474,6 +480,8 @@ class TuneCLI(LightningCLI):
     def fit(self, model: LlamaTuner, datamodule: InstructData, **kwargs: Any) -> None:
         """Train, then save the result and print the summary."""
         self._announce()
+        if self.memory.predict and is_main_process():
+            self.memory.predicted = self._predicted()
         try:
             with refusals((MisconfigurationException,)):
                 self.trainer.fit(model, datamodule=datamodule, **kwargs)
@@ -509,6 +517,44 @@ class TuneCLI(LightningCLI):
             )
         if self.resumed_from:
             self.console.print(f"Going on from {self.resumed_from} (optimizer step {self._steps_done})")
+
+    def _case(self) -> Case:
+        """Return what the run's memory depends on."""
+        from lit_tune.predict import Case  # noqa: PLC0415  # not every command predicts
+        from lit_tune.workload import largest_micro_batch  # noqa: PLC0415
+
+        given = self.settings["trainer"]["strategy"]
+        return Case(
+            tuner=self.model,
+            config=load_config(self.model.base),
+            micro=largest_micro_batch(self.datamodule),
+            precision=str(self.trainer.precision),
+            device="cuda" if self.trainer.strategy.root_device.type == "cuda" else "cpu",
+            accumulate=self.trainer.accumulate_grad_batches,
+            devices=self.trainer.world_size,
+            strategy=given if isinstance(given, str) else "auto",
+        )
+
+    def _predicted(self) -> Footprint:
+        """Return what a rank is predicted to hold at its peak; without a GPU, with what the process holds already."""
+        from lit_tune.predict import predict  # noqa: PLC0415
+
+        case = self._case()
+        already = psutil.Process().memory_info().rss if case.device == "cpu" else 0
+        return predict(case).peak + Footprint(other=already)
+
+    def _resolve_checkpointing(self) -> None:
+        """Let `auto` be the cheapest gradient checkpointing with which the run fits."""
+        from lit_tune.predict import cheapest_checkpointing  # noqa: PLC0415
+
+        if self.model.gradient_checkpointing == "auto":
+            chosen = _handed_down(CHECKPOINTING_VARIABLE)
+            if chosen is None:
+                on_gpu = self.trainer.strategy.root_device.type == "cuda"
+                room = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+                chosen = os.environ[CHECKPOINTING_VARIABLE] = str(cheapest_checkpointing(self._case(), room))
+                self.console.print(f"Gradient checkpointing: {chosen}, for {room / GIB:.1f} GiB that are free")
+            self.model.gradient_checkpointing = int(chosen) if chosen.isdigit() else chosen  # type: ignore[assignment]
 
     def _out_of_memory(self, error: Exception) -> OutOfMemoryError:
         """Say what memory was taken when there was none left, and what to change."""

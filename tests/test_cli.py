@@ -37,6 +37,7 @@ def tiny(working_directory: Path) -> list[str]:
     return [
         *("--model.base", "base", "--data.path", "records.jsonl", "--data.template", "chatml"),
         *("--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--samples.prompts", "[]"),
+        *("--memory.predict", "false"),  # which has tests of its own
     ]
 
 

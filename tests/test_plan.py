@@ -12,7 +12,8 @@ from lit_tune import recipes
 from lit_tune.errors import InputError
 from lit_tune.modules.llama import LlamaTuner
 from lit_tune.plan import Target, changes, flops_per_token, largest_that_fits, options, plan
-from lit_tune.predict import Case, MicroBatch, predict
+from lit_tune.predict import Case, predict
+from lit_tune.workload import MicroBatch
 from tests.tiny_llama import tiny_base
 from tests.tiny_run import write_records
 

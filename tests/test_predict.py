@@ -20,13 +20,14 @@ from lit_tune.predict import (
     OPTIMIZER,
     Case,
     Ledger,
-    MicroBatch,
     Prediction,
+    cheapest_checkpointing,
     predict,
     trace,
     trace_depth,
     with_layers,
 )
+from lit_tune.workload import MicroBatch
 
 LAYERS = 7  # more than are traced
 LENGTHS = (23, 40, 9)
@@ -212,3 +213,15 @@ def test_nothing_of_a_plan_is_left_in_the_settings(base: str) -> None:
     predicted(tuner, base, "32-true")
     assert not hasattr(tuner, "model")
     assert tuner.saved_tensors is None
+
+
+def test_auto_is_the_cheapest_checkpointing_that_fits(base: str) -> None:
+    tuner = LlamaTuner(base=base, gradient_checkpointing="auto")
+    of = Case(tuner, load_config(base), MicroBatch((400, 300), 500), "bf16-mixed")
+    peaks = {
+        setting: on_gpu(base, gradient_checkpointing=setting).peak.total for setting in ("none", 4, "mlp", 2, "full")
+    }
+    assert cheapest_checkpointing(of, peaks["none"]) == "none"
+    assert cheapest_checkpointing(of, peaks["none"] - 1) != "none"
+    assert cheapest_checkpointing(of, max(peaks["full"], min(peaks[2], peaks["mlp"], peaks[4]) - 1)) == "full"
+    assert cheapest_checkpointing(of, 0) == "full"

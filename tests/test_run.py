@@ -52,6 +52,7 @@ def tiny(working_directory: Path) -> list[str]:
         *("--model.learning_rate", "0.01", "--trainer.max_epochs", str(EPOCHS)),
         *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true"),  # the same where there is a GPU
         *("--trainer.enable_progress_bar", "false", "--samples.max_new_tokens", "4"),
+        *("--memory.predict", "false"),  # which has tests of its own
     ]
 
 
@@ -912,3 +913,20 @@ def test_a_run_is_named_after_its_recipe(tiny: list[str], capsys: pytest.Capture
     assert lit_tune("fit", "--config", "demo.yaml", *tiny, "--data.limit", "null") == 0
     assert [path.name for path in Path("runs").iterdir()] == ["demo"]
     assert capsys.readouterr().out.startswith(f"Recipe {recipes.shipped()['demo.yaml']}\n")
+
+
+# Memory, predicted ----------------------------------------------------------------------------------------------------
+
+
+def test_the_predicted_peak_stands_beside_the_measured_one(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit_tune("fit", *tiny, "--memory.predict", "true", "--name", "told") == 0
+    assert "predicted" in capsys.readouterr().out
+    found = json.loads(Path("runs/told/memory.json").read_text())
+    measured, predicted = found["measured"]["ranks"][0], found["predicted"]
+    assert predicted["categories"]["weights"] == measured["largest"]["weights"]
+    assert predicted["categories"]["optimizer"] == measured["largest"]["optimizer"]
+
+
+def test_auto_is_resolved_before_the_model_is_made(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit_tune("fit", *tiny, "--model.gradient_checkpointing", "auto", "--trainer.max_steps", "1") == 0
+    assert "Gradient checkpointing: none, for " in capsys.readouterr().out

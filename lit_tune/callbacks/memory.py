@@ -97,12 +97,14 @@ class MemoryMonitor(Callback):
     Args:
         host_limit_gib: End the run, with a checkpoint and exit code 3, when its processes on a machine take more host
             memory than this; looked at once a second, between two optimizer steps.
+        predict: Predict the peak before the run, to stand beside what is measured; takes a second or two.
     """
 
-    def __init__(self, host_limit_gib: float | None = None) -> None:
+    def __init__(self, host_limit_gib: float | None = None, predict: bool = True) -> None:
         if host_limit_gib is not None and host_limit_gib <= 0:
             raise InputError(f"memory.host_limit_gib is {host_limit_gib}; it must be more than 0.")
         self.host_limit_gib = host_limit_gib
+        self.predict = predict
         self.predicted: Footprint | None = None  # of a rank's peak, where the run knows one
         self.gpu_peak_gib = 0.0
         self.host_peak_gib = 0.0

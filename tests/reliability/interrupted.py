@@ -41,7 +41,7 @@ COMMON = (
     *("--model.learning_rate", "0.01", "--model.lora.dropout", "0.1", "--trainer.max_epochs", str(EPOCHS)),
     *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.enable_progress_bar", "false"),
     *("--samples.max_new_tokens", "4", "--data.val_fraction", "0.2", "--checkpoint.every_n_steps", "1"),
-    *("--trainer.accumulate_grad_batches", "2", "--name", NAME),
+    *("--trainer.accumulate_grad_batches", "2", "--name", NAME, "--memory.predict", "false"),
 )
 ONE = ("--data.micro_batch_size", "2")
 TWO = ("--data.micro_batch_size", "1", "--trainer.devices", "2", "--trainer.strategy", "ddp")
