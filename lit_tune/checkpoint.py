@@ -94,8 +94,11 @@ def _remedy(error: OSError, directory: Path, checkpoint: dict[str, Any]) -> str:
     return f"it takes {needed:,.1f} MiB, {free:,.1f} MiB are free there; make room and continue"
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint after verifying its hash; tensors come to the CPU.
+
+    Args:
+        mapped: Leave the tensors in the file until they are used: processes share what they have read of it.
 
     Raises:
         InputError: Not there, damaged, or holding anything but plain values and tensors.
@@ -110,7 +113,7 @@ def read(path: Path) -> dict[str, Any]:
         raise InputError(f"ckpt_path: {path} is damaged or no checkpoint of lit-tune: its checksum does not match.")
     try:
         _check_stored(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch's own text tells how to load it all the same.
         raise InputError(

@@ -67,7 +67,7 @@ def generate(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
     )
-    device = next(model.parameters()).device
+    device = _compute_device(model)
     longest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
     with decoding(model) as bare, _own_random_state(device, seed):
@@ -81,6 +81,13 @@ def generate(
             for index, answer in zip(indices, new_tokens, strict=True):
                 answers[index] = until_stop(answer, stop_token_ids)
     return answers
+
+
+def _compute_device(model: nn.Module) -> torch.device:
+    """Return the device of the forward pass; shards may lie in host memory, but compute on their mesh's devices."""
+    parameter = next(model.parameters())
+    mesh = getattr(parameter, "device_mesh", None)
+    return parameter.device if mesh is None else torch.empty(0, device=mesh.device_type).device
 
 
 @contextmanager

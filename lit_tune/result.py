@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lit_tune.data.instruct import InstructData
 from lit_tune.errors import SaveError
@@ -23,11 +25,21 @@ TEMPLATE_FILE = "prompt_template.jinja"
 RUN_FILE = "run.json"
 
 
-def save_result(module: LlamaTuner, data: InstructData, directory: Path, *, precision: str) -> None:
+def save_result(
+    module: LlamaTuner,
+    data: InstructData,
+    directory: Path,
+    *,
+    precision: str,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the trained adapter or model to `directory`, replacing an earlier one there.
 
     An adapter names its base as plain PEFT can load it: the hub id, or the local directory. A model is stored in the
     dtype that its forward pass computed in, so nothing is lost that training ever saw.
+
+    Args:
+        state: The module's whole state dict, where the module itself holds only a shard of it.
 
     Raises:
         SaveError: It could not be written, or what was read back is not what was trained.
@@ -36,7 +48,8 @@ def save_result(module: LlamaTuner, data: InstructData, directory: Path, *, prec
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _save_model(module, data, partial, precision)
+        weights = {name.removeprefix("model."): t for name, t in (state or module.state_dict()).items()}
+        _save_model(module, data, partial, precision, weights)
         _save_tokenizer(data, partial)
         (partial / RUN_FILE).write_text(json.dumps({"optimizer_steps": module.trainer.global_step}) + "\n")
         _verify(partial)
@@ -58,17 +71,19 @@ def steps_of(directory: Path) -> int | None:
         return None
 
 
-def _save_model(module: LlamaTuner, data: InstructData, directory: Path, precision: str) -> None:
+def _save_model(
+    module: LlamaTuner, data: InstructData, directory: Path, precision: str, weights: Mapping[str, Tensor]
+) -> None:
     model: Any = module.model
     if module.method == "lora":
         for config in model.peft_config.values():
             local = load.is_local(module.base)
             config.base_model_name_or_path = load.base_directory(module.base) if local else module.base
-        model.save_pretrained(str(directory), safe_serialization=True)
+        model.save_pretrained(str(directory), safe_serialization=True, state_dict=weights)
         return
     model.generation_config.eos_token_id = data.stop_token_ids()
     dtype = compute_dtype(precision)
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    state = {name: tensor.to(dtype) for name, tensor in weights.items()}
     model.save_pretrained(str(directory), state_dict=state)
     # NOTE: transformers has written the dtype of the model in memory, in which it would load the weights again.
     config = copy.deepcopy(model.config)

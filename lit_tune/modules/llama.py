@@ -45,6 +45,7 @@ from lit_tune.modules.optim import (
     OptimizerName,
     ScheduleName,
     StepInBackward,
+    gradient_norm,
     learning_rate_factor,
     make_optimizer,
     warmup_steps,
@@ -219,15 +220,17 @@ class LlamaTuner(LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):  # Lightning calls this hook again for every stage
             return
-        precision = str(self.trainer.precision)
-        self.adopt(
-            load.load_llama(
-                load.base_directory(self.base),
-                dtype=storage_dtype(precision, trains=self.method == "fft"),
-                quantize=self.quantize,
-                attention_name=self.attention,
+        precision, directory = str(self.trainer.precision), load.base_directory(self.base)
+        dtype = storage_dtype(precision, trains=self.method == "fft")
+        # A strategy that hands out rank 0's weights needs them nowhere else.
+        elsewhere = getattr(self.trainer.strategy, "loads_on_rank_zero", False) and not self.trainer.is_global_zero
+        if elsewhere and self.method == "fft" and self.adapter is None:
+            config = load.load_config(directory)
+            self.adopt(load.empty_llama(config, dtype=dtype, quantize=self.quantize, attention_name=self.attention))
+        else:
+            self.adopt(
+                load.load_llama(directory, dtype=dtype, quantize=self.quantize, attention_name=self.attention)
             )
-        )
 
     def adopt(self, base: PreTrainedModel) -> None:
         """Make a base, loaded or of shapes alone, the model that this module trains."""
@@ -349,7 +352,7 @@ class LlamaTuner(LightningModule):
             norm = optimizer.gradient_norm()
         else:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = gradient_norm(gradients, sum_over_ranks=self._sum_over_ranks)
         # fp16's scaler skips a step whose gradients overflow, and lowers its scale; a broken loss is left to it too.
         if not self._scales_loss:
             if not self._skip_step:
@@ -362,6 +365,10 @@ class LlamaTuner(LightningModule):
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"], rank_zero_only=True)
         if self.skip_nonfinite:
             self.log("train/skipped_steps", float(self.skipped_steps), rank_zero_only=True)
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        strategy = self.trainer.strategy
+        return strategy.reduce(value.to(strategy.root_device), reduce_op="sum")
 
     @override
     def configure_gradient_clipping(
@@ -418,8 +425,9 @@ class LlamaTuner(LightningModule):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        nll = self.nll(batch)  # of an idle rank's filler, too: sharded weights are gathered by all ranks or none
         if supervised := batch["num_supervised"]:
-            self.val_nll.update(self.nll(batch) / supervised, weight=supervised)
+            self.val_nll.update(nll / supervised, weight=supervised)
 
     @override
     def on_validation_epoch_end(self) -> None:

@@ -8,7 +8,7 @@ of each matrix, arXiv:1804.04235), sgd 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -138,6 +138,17 @@ class StepInBackward(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
         self._share()
+
+
+def gradient_norm(gradients: Sequence[Tensor], *, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the norm of all gradients as one vector; of sharded ones (DTensors), over the shards of all ranks."""
+    shards = [gradient.to_local() for gradient in gradients if hasattr(gradient, "to_local")]
+    if not shards:
+        return torch.nn.utils.get_total_norm(gradients)
+    assert len(shards) == len(gradients), "some gradients are sharded, others whole"
+    # One exchange for all gradients, not one for each. In float64, so that it rounds nothing where there is one rank.
+    own = torch.nn.utils.get_total_norm(shards)
+    return sum_over_ranks(own.double().square()).sqrt().to(own.dtype)
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
