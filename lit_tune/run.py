@@ -27,7 +27,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from typing_extensions import override
 
-from lit_tune import checkpoint, lock, memory_json, recipes, techniques
+from lit_tune import checkpoint, lock, memory_json, recipes, strategies, techniques
 from lit_tune.advice import Change, advice, advice_lines
 from lit_tune.board import Board
 from lit_tune.callbacks.checkpoint import Checkpoint
@@ -115,6 +115,19 @@ def default_precision(accelerator: Any = "auto") -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16-mixed" if capabilities.get("amx_bf16") else "32-true"
+
+
+def process_count(accelerator: Any, devices: Any, num_nodes: int) -> int:
+    """Return the processes that a run has, one for each device, as Lightning counts them."""
+    if (world := os.environ.get("WORLD_SIZE")) and "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(world)
+    if isinstance(devices, list):
+        return len(devices) * num_nodes
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()]) * num_nodes
+    if str(devices) not in ("auto", "-1"):
+        return int(devices) * num_nodes
+    return (1 if accelerator == "cpu" else max(1, torch.cuda.device_count())) * num_nodes
 
 
 def check_devices(accelerator: Any, devices: Any) -> None:
@@ -331,6 +344,7 @@ class TuneCLI(LightningCLI):
                     f"trainer.{name} is {config[name]}: it would cut epochs where no checkpoint could go on; "
                     "set data.limit for fewer records, or trainer.max_steps for a shorter run."
                 )
+        config["strategy"] = self._choose_strategy(config)
         config["callbacks"] = [*_as_list(config["callbacks"]), *self._own_callbacks(config)]
         writer = checkpoint.AtomicCheckpointIO(asynchronous=self._checkpoint.asynchronous)
         config["plugins"] = [*_as_list(config["plugins"]), writer]
@@ -370,6 +384,16 @@ class TuneCLI(LightningCLI):
             skip_nonfinite=model.skip_nonfinite,
             accumulate=trainer.accumulate_grad_batches,
             clip=trainer.gradient_clip_val,
+        )
+
+    def _choose_strategy(self, trainer: Any) -> Any:
+        return strategies.choose(
+            trainer["strategy"],
+            method=self.model.method,
+            devices=process_count(trainer["accelerator"], trainer["devices"], trainer["num_nodes"]),
+            command=self._command,
+            precision=str(trainer["precision"]),
+            optimizer=self.model.optimizer,
         )
 
     def _own_callbacks(self, trainer: Any) -> list[Callback]:
@@ -489,11 +513,13 @@ class TuneCLI(LightningCLI):
             if is_out_of_memory(error):
                 raise self._out_of_memory(error) from error
             raise
+        # Every rank gives its shard, if weights are sharded.
+        state = self.trainer.strategy.lightning_module_state_dict() if self.directory is not None else {}
         if self.trainer.is_global_zero and self.directory is not None:
             self._log_hyperparameters()
             self._record_memory()
             # Last: it is what tells a finished run from one that is to be continued.
-            save_result(model, datamodule, self.directory / RESULT, precision=str(self.trainer.precision))
+            save_result(model, datamodule, self.directory / RESULT, precision=str(self.trainer.precision), state=state)
             print_summary(self.console, self._summary())
 
     def _announce(self) -> None:

@@ -204,9 +204,6 @@ class ShardedStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
 
     def _shard(self, module: LlamaTuner) -> None:
-        # NOTE: before sharding: a shard's dtype cannot be changed by assigning to `.data`.
-        self.precision_plugin.convert_module(module)
-        module.keep_adapters_fp32()
         root = module.causal_lm
         is_empty = next(root.parameters()).is_meta
         alone = self.world_size == 1
