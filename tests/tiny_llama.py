@@ -35,9 +35,11 @@ def save_tiny_llama(directory: Path, *, vocabulary: int = VOCABULARY) -> Path:
     return directory
 
 
-def tiny_base(directory: Path, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+def tiny_base(
+    directory: Path, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None, tied: bool = False
+) -> Path:
     """Write a complete base to `directory`: the tiny Llama with a vocabulary that fits, and its tokenizer."""
     tokenizer = tokenizer or tiny_tokenizer()
-    tiny_llama(vocabulary=len(tokenizer), seed=seed).save_pretrained(directory)
+    tiny_llama(vocabulary=len(tokenizer), tied=tied, seed=seed).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from lit_tune import cli
+from lit_tune import cli, strategies  # noqa: F401  # makes its strategies known by name
 from lit_tune.callbacks.checkpoint import Checkpoint
 from lit_tune.callbacks.continuation import Continuation
 from lit_tune.checkpoint import AtomicCheckpointIO
@@ -49,7 +50,7 @@ class Watch(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad.detach().flatten() for p in pl_module.parameters() if p.grad is not None]
+        gradients = [whole(p.grad).flatten() for p in pl_module.parameters() if p.grad is not None]
         self.gradients.append(torch.cat(gradients))
 
     @override
@@ -63,7 +64,13 @@ class Watch(Callback):
 
 def trained_weights(module: LlamaTuner) -> dict[str, Tensor]:
     """Return a copy of all parameters that train."""
-    return {name: p.detach().clone() for name, p in module.model.named_parameters() if p.requires_grad}
+    return {name: whole(p).clone() for name, p in module.model.named_parameters() if p.requires_grad}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor without its gradient; of a sharded one, the shards of all ranks, which all call this."""
+    found: Any = tensor.detach()
+    return found.full_tensor() if isinstance(found, DTensor) else found
 
 
 def vector(weights: dict[str, Tensor]) -> Tensor:

@@ -70,6 +70,7 @@ KINDS = {
     "two ranks, saved every third step": Kind((*TWO, *SELDOM, *MID_EPOCH), 2),
     "two ranks, padded": Kind((*TWO, *PADDED), 2),
     "two ranks, full fine-tuning": Kind((*TWO, "--model.method", "fft"), 2),
+    "two ranks, sharded": Kind((*TWO, "--model.method", "fft", "--trainer.strategy", "fsdp2"), 2),
 }
 
 

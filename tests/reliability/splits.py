@@ -35,11 +35,13 @@ class Split:
     packing: bool = True
     method: str = "lora"
     dropout: float = 0.0
+    strategy: str = "auto"
 
     def __str__(self) -> str:
         size = f"{self.samples} samples" if self.samples else f"{self.tokens} tokens"
         kind = "packed" if self.packing else "padded"
-        return f"{self.method}, {self.world} rank(s) x {self.accumulate} x {size}, {kind}, dropout {self.dropout}"
+        on = f"{self.world} rank(s) by {self.strategy}"
+        return f"{self.method}, {on} x {self.accumulate} x {size}, {kind}, dropout {self.dropout}"
 
 
 @dataclass
@@ -70,8 +72,7 @@ def run_split(split: Split, base: str, records: str) -> Seen:
         val_fraction=0.3,
     )
     settings: dict[str, Any] = {"max_epochs": EPOCHS, "accumulate_grad_batches": split.accumulate}
-    if split.world > 1:
-        settings |= {"devices": split.world, "strategy": "ddp"}
+    settings |= {"devices": split.world, "strategy": split.strategy}
     trainer = train(module, data, watch, **settings)
     weights = [torch.cat([weight.flatten() for weight in each.values()]) for each in watch.weights]
     return Seen(watch.losses, watch.gradients, weights, float(trainer.callback_metrics["val/loss"]))
@@ -81,15 +82,22 @@ def run_in_ranks(splits: list[Split], *, world: int, base: str, records: str, di
     """Run splits one after the other in `world` processes of their own."""
     job = directory / f"job-{world}.json"
     job.write_text(json.dumps({"base": base, "records": records, "splits": [asdict(split) for split in splits]}))
+    in_ranks("tests.reliability.splits", job, world=world)
+    seen: list[Seen] = [Seen(**one) for one in torch.load(job.with_suffix(".pt"), weights_only=True)]
+    return seen
+
+
+def in_ranks(module: str, job: Path, *, world: int) -> None:
+    """Run a module on a job in `world` processes, as torchrun would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    command = [sys.executable, "-m", "tests.reliability.splits", str(job)]
+    command = [sys.executable, "-m", module, str(job)]
     ranks = [
         subprocess.Popen(
             command,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "splits"},
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": module},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -98,8 +106,6 @@ def run_in_ranks(splits: list[Split], *, world: int, base: str, records: str, di
     ]
     said = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)
-    seen: list[Seen] = [Seen(**one) for one in torch.load(job.with_suffix(".pt"), weights_only=True)]
-    return seen
 
 
 def main(job: Path) -> None:

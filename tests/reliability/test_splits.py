@@ -17,6 +17,8 @@ SHORT = [
     Split(2, 1, samples=4),
     Split(2, 2, samples=2, packing=False),
     Split(2, 4, samples=1, method="fft"),
+    Split(2, 2, samples=2, method="fft", strategy="fsdp2"),
+    Split(2, 1, samples=4, packing=False, strategy="fsdp2_cpu_offload"),
 ]
 LONG = [
     Split(world, GLOBAL_BATCH // world // samples, samples=samples, packing=packing, method=method)
@@ -25,6 +27,11 @@ LONG = [
     for world in (1, 2)
     for samples in (8, 4, 2, 1)
     if samples * world <= GLOBAL_BATCH
+] + [
+    Split(world, GLOBAL_BATCH // world // samples, samples=samples, packing=packing, method=method, strategy="fsdp2")
+    for method in ("lora", "fft")
+    for packing in (True, False)
+    for world, samples in ((1, 4), (2, 4), (2, 1))
 ]
 
 
