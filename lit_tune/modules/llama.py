@@ -228,9 +228,7 @@ class LlamaTuner(LightningModule):
             config = load.load_config(directory)
             self.adopt(load.empty_llama(config, dtype=dtype, quantize=self.quantize, attention_name=self.attention))
         else:
-            self.adopt(
-                load.load_llama(directory, dtype=dtype, quantize=self.quantize, attention_name=self.attention)
-            )
+            self.adopt(load.load_llama(directory, dtype=dtype, quantize=self.quantize, attention_name=self.attention))
 
     def adopt(self, base: PreTrainedModel) -> None:
         """Make a base, loaded or of shapes alone, the model that this module trains."""
