@@ -306,7 +306,7 @@ def changes(case: Case) -> Iterator[Change]:
     if case.accumulate > 1:
         in_backward += " --trainer.accumulate_grad_batches 1"
     yield Change(in_backward, "no clipping, no accumulation", _only("fft", _in_backward))
-    for setting in ("mlp", "full"):
+    for setting in (4, 2, "full"):
         make = _module(gradient_checkpointing=setting)
         yield Change(f"--model.gradient_checkpointing {setting}", "the same losses", make)
     yield Change(
