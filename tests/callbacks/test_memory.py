@@ -76,6 +76,9 @@ class FakeRun:
             global_step=0,
             validating=False,
             sanity_checking=False,
+            is_global_zero=True,
+            log_every_n_steps=1,
+            loggers=[SimpleNamespace(log_metrics=lambda figures, step: self.logged.update(figures))],
         )
         run = self
 
