@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -369,6 +371,24 @@ def test_a_run_over_its_host_limit_saves_and_can_go_on(tiny: list[str], capsys: 
     assert not Path("runs/parts/result").exists()
     assert lit_tune("fit", *tiny, "--name", "parts", "--ckpt_path", "last") == 0
     assert_as_uninterrupted("parts", "whole")
+
+
+@pytest.mark.slow
+def test_two_ranks_end_over_the_limit_together(tiny: list[str]) -> None:
+    """Each of them takes less than the limit."""
+    fit = [sys.executable, "-m", "lit_tune", "fit", *tiny, "--trainer.devices", "2", "--memory.host_limit_gib"]
+    path = {"PYTHONPATH": str(Path(run.__file__).parent.parent)}
+    ran = subprocess.run([*fit, "99", "--name", "both"], env=os.environ | path, check=True, capture_output=True)
+    assert b"peaks by rank: " in ran.stdout
+    ranks = json.loads(Path("runs/both/memory.json").read_text())["measured"]["ranks"]
+    limit = 0.75 * sum(rank["host"]["rss"] for rank in ranks) / 1024**3
+    assert all(rank["host"]["rss"] < limit * 1024**3 for rank in ranks)
+    ended = subprocess.run(
+        [*fit, str(limit), "--name", "over"], env=os.environ | path, check=False, capture_output=True
+    )
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stderr.count(b"lit-tune: ") == 1
+    assert len(checkpoint.step_checkpoints(Path("runs/over"))) == 1
 
 
 def out_of_memory_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
