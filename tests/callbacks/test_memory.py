@@ -217,6 +217,14 @@ def test_a_step_that_is_not_counted_has_the_last_figures_and_no_more_than_its_pe
     assert run.counted == 4  # the eleventh step
 
 
+def test_a_step_that_is_counted_owes_nothing_to_earlier_ones(run: FakeRun) -> None:
+    run.holds(weights=4, gradients=1, optimizer=0, activations=3)
+    run.micro_batch(forward=8, backward=7, update=6)
+    run.sizes["activations"] = GIB
+    run.micro_batch(forward=8, backward=7, update=6)
+    assert run.categories() == {"weights": 4, "gradients": 1, "optimizer": 0, "activations": 1, "other": 2}
+
+
 def test_every_rank_and_all_together_are_logged(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run.holds(weights=4, gradients=1, optimizer=0, activations=1)
     gathered: list[list[int]] = []
@@ -421,7 +429,8 @@ print(*((each - base) // MIB for each in (first, quiet, larger)))
 
 
 def test_children_of_other_ranks_do_not_count() -> None:
-    grandchild = "import sys; held = bytearray(b'x') * 100 * 2**20; print(flush=True); sys.stdin.read()"
+    holds = "import sys; held = bytearray(b'x') * 100 * 2**20; print(flush=True); sys.stdin.read()"
+    grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {holds!r}])"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
     started = subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
