@@ -36,7 +36,11 @@ SETTINGS = [
     *("--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "3", "--data.val_fraction", "0.1"),
     *("--trainer.enable_progress_bar", "false", "--samples.max_new_tokens", "4", "--checkpoint.every_n_steps", "1"),
 ]
-MEASURED = ("memory/", "throughput/")  # of the machine, not of the run; differs from one time to the next
+MEASURED = (
+    "memory/",
+    "memory_stack/",
+    "throughput/",
+)  # of the machine, not of the run; differs from one time to the next
 COUNTED = ("throughput/samples_seen",)
 
 

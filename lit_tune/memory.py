@@ -160,7 +160,7 @@ def optimizer_state(name: str, parameter: Tensor) -> list[tuple[tuple[int, ...],
 
     - adamw: two moments as large as the parameter and in its dtype, and the number of steps (fp32).
     - adamw_8bit, paged_adamw_8bit: the moments in a byte a value, each with an fp32 scale a block of 256 values; of
-      parameters with fewer than 4,096 values in fp32. (The two code books of 256 fp32 values are shared by all.)
+      parameters with fewer than 4,096 values in fp32. (The code books are shared by all, see `optimizer_tables`.)
     - adafactor: the second moment's mean of each row and of each column; of a vector all of it; the number of steps.
     - sgd: nothing.
     """
@@ -178,6 +178,12 @@ def optimizer_state(name: str, parameter: Tensor) -> list[tuple[tuple[int, ...],
             return [(shape, dtype), steps]
         return [((*shape[:-1], 1), dtype), ((*shape[:-2], 1, shape[-1]), dtype), steps]
     return []
+
+
+def optimizer_tables(name: str, parameters: Iterable[Tensor]) -> int:
+    """Return the bytes that an optimizer keeps for all parameters together: two code books of 256 fp32 values."""
+    eight_bit = name.endswith("adamw_8bit") and any(p.numel() >= BNB_MIN for p in parameters)
+    return 2 * 256 * 4 if eight_bit else 0
 
 
 def optimizer_workspace(name: str, parameters: Sequence[Tensor], *, fused: bool, on_gpu: bool) -> int:

@@ -31,6 +31,7 @@ from lit_tune.memory import (
     Footprint,
     SavedTensors,
     optimizer_state,
+    optimizer_tables,
     optimizer_workspace,
     storage_parts,
     weight_tensors,
@@ -38,6 +39,7 @@ from lit_tune.memory import (
 from lit_tune.modules import attention, load
 from lit_tune.modules.checkpointing import GradientCheckpointing
 from lit_tune.modules.llama import LlamaTuner, compute_dtype, storage_dtype
+from lit_tune.modules.lora import Lora, settings_of
 from lit_tune.modules.offload import COPIES_UNDER_WAY, FETCHED_AHEAD, SMALLEST_BYTES
 from lit_tune.workload import MicroBatch
 
@@ -323,7 +325,8 @@ def same_settings(tuner: LlamaTuner, **changes: Any) -> LlamaTuner:
 
 def trace(case: Case) -> Trace:
     """Take an optimizer step of fake tensors, on one device, and return what was written down."""
-    tuner, precision, device = same_settings(case.tuner, adapter=None), case.precision, case.device
+    precision, device = case.precision, case.device
+    tuner = same_settings(case.tuner, adapter=None, lora=_adapters(case.tuner))
     trainer = SimpleNamespace(precision=precision)
     tuner.trainer = trainer  # type: ignore[assignment]
     mode = FakeTensorMode()
@@ -349,6 +352,7 @@ def trace(case: Case) -> Trace:
         for tensor in weight_tensors(tuner):
             ledger.enter(tensor, "weights")
         state = [torch.empty(part, dtype=kind) for p in trained for part, kind in optimizer_state(tuner.optimizer, p)]
+        state.append(torch.empty(optimizer_tables(tuner.optimizer, trained), dtype=torch.uint8))
         for tensor in state:
             ledger.enter(tensor, "optimizer")
         for parameter in trained:
@@ -374,6 +378,12 @@ def trace(case: Case) -> Trace:
     moments = {name: found + Footprint(other=passing) for name, found in ledger.moments.items() if name}
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     return Trace(moments, ledger.most_activations, sum(ledger.offloaded), trained_bytes)
+
+
+def _adapters(tuner: LlamaTuner) -> Lora:
+    """Return settings that give adapters of the same shapes, without looking at weights."""
+    lora = settings_of(tuner.adapter) if tuner.adapter and tuner.method == "lora" else tuner.lora
+    return replace(lora, variant="lora") if lora.variant == "pissa" else lora  # the base it changes stays as large
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def process_count(accelerator: Any, devices: Any, num_nodes: int) -> int:
         return len(devices) * num_nodes
     if isinstance(devices, str) and "," in devices:
         return len([part for part in devices.split(",") if part.strip()]) * num_nodes
-    if str(devices) not in ("auto", "-1"):
+    if str(devices).isdigit():  # what is neither a number nor `auto`, Lightning refuses
         return int(devices) * num_nodes
     return (1 if accelerator == "cpu" else max(1, torch.cuda.device_count())) * num_nodes
 
@@ -561,13 +561,20 @@ class TuneCLI(LightningCLI):
             strategy=given if isinstance(given, str) else "auto",
         )
 
-    def _predicted(self) -> Footprint:
+    def _predicted(self) -> Footprint | None:
         """Return what a rank is predicted to hold at its peak; without a GPU, with what the process holds already."""
         from lit_tune.predict import predict  # noqa: PLC0415
 
         case = self._case()
         already = psutil.Process().memory_info().rss if case.device == "cpu" else 0
-        return predict(case).peak + Footprint(other=already)
+        try:
+            return predict(case).peak + Footprint(other=already)
+        except InputError:
+            raise
+        except Exception as error:  # a model or strategy of another make, whose run need not fail for that
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            self.console.print(f"Memory cannot be predicted: {reason[0]}")
+            return None
 
     def _resolve_checkpointing(self) -> None:
         """Let `auto` be the cheapest gradient checkpointing with which the run fits."""

@@ -326,6 +326,15 @@ class CtrlC:
         return getattr(self.file, name)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Have SIGINT raise KeyboardInterrupt, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_at_any_write_is_ctrl_c(path: Path) -> None:
     for call in range(1, 1000):
         file = CtrlC((path.parent / "file").open("wb+"), call)

@@ -12,6 +12,8 @@ from lit_tune.memory import (
     bytes_on,
     gradient_tensors,
     optimizer_state,
+    optimizer_tables,
+    optimizer_tensors,
     optimizer_workspace,
     storages,
     weight_tensors,
@@ -94,6 +96,8 @@ def test_the_rule_of_an_optimizers_state_is_what_a_real_one_holds(name: Any, dty
             if isinstance(tensor, torch.Tensor) and not key.startswith("qmap")
         ]
         assert sorted(map(_bytes, told)) == sorted(map(_bytes, real)), tuple(parameter.shape)
+    own = sum(_bytes(torch.empty(shape, dtype=kind)) for p in parameters for shape, kind in optimizer_state(name, p))
+    assert own + optimizer_tables(name, parameters) == bytes_on("cpu", optimizer_tensors(optimizer))
 
 
 def _bytes(tensor: torch.Tensor) -> int:

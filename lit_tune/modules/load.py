@@ -290,14 +290,9 @@ def load_llama(
             not have.
     """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: PLC0415
 
     _silence_loading()
-    name = attention.register() if attention_name == "auto" else attention_name
-    # transformers takes any other name for a repository of the hub, whose code it would run.
-    if name not in (known := ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]) or "|" in name:
-        choices = ", ".join(["auto", *(choice for choice in known if "|" not in choice and choice != attention.NAME)])
-        raise InputError(f"model.attention: {name!r} is not valid; use one of {choices}.")
+    name = _attention(attention_name)
     try:
         _check_numbers(Path(directory))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -326,6 +321,18 @@ def load_llama(
     return model
 
 
+def _attention(setting: str) -> str:
+    """Return the name by which transformers knows an attention function."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: PLC0415
+
+    name = attention.register() if setting == "auto" else setting
+    # transformers takes any other name for a repository of the hub, whose code it would run.
+    if name not in (known := ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]) or "|" in name:
+        choices = ", ".join(["auto", *(choice for choice in known if "|" not in choice and choice != attention.NAME)])
+        raise InputError(f"model.attention: {name!r} is not valid; use one of {choices}.")
+    return name
+
+
 def empty_llama(
     config: PreTrainedConfig, *, dtype: torch.dtype, quantize: Quantize = "none", attention_name: str = "auto"
 ) -> PreTrainedModel:
@@ -334,7 +341,7 @@ def empty_llama(
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear  # noqa: PLC0415
     from transformers.quantizers.base import get_keys_to_not_convert  # noqa: PLC0415
 
-    name = attention.register() if attention_name == "auto" else attention_name
+    name = _attention(attention_name)
     with torch.device("meta"):
         made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name)
         if quantize != "none":

@@ -114,6 +114,30 @@ def apply_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     return get_peft_model(model, config)
 
 
+def settings_of(directory: str) -> Lora:
+    """Return the settings that a PEFT `directory` was made with, as far as they give its adapters their shapes.
+
+    Raises:
+        InputError: No adapter there.
+    """
+    _check_files(Path(directory))
+    found = load.read_object(Path(directory) / CONFIG_FILE, "model.adapter")
+    targets = found.get("target_modules")
+    return Lora(
+        rank=int(found.get("r") or Lora.rank),
+        targets=[str(name) for name in targets] if isinstance(targets, list) else str(targets or ALL_LINEAR),
+        bias=found.get("bias") or "none",
+        variant="dora" if found.get("use_dora") else "lora",
+    )
+
+
+def _check_files(folder: Path) -> None:
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"model.adapter: {folder} holds no {CONFIG_FILE}; name a PEFT adapter directory.")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise InputError(f"model.adapter: {folder} holds no {WEIGHTS_FILE}; only safetensors are read, never pickles.")
+
+
 def load_adapter(model: PreTrainedModel, directory: str) -> PeftModel:
     """Put the adapters of a PEFT `directory` beside `model`, trainable, as fp32 masters.
 
@@ -124,12 +148,7 @@ def load_adapter(model: PreTrainedModel, directory: str) -> PeftModel:
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: PLC0415
 
     folder = Path(directory)
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"model.adapter: {directory} holds no {CONFIG_FILE}; name a PEFT adapter directory.")
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise InputError(
-            f"model.adapter: {directory} holds no {WEIGHTS_FILE}; only safetensors are read, never pickles."
-        )
+    _check_files(folder)
     base = str(model.name_or_path)
     trained_on = ""
     try:

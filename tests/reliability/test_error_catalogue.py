@@ -153,7 +153,7 @@ SETTINGS = {
     "text for a number": Fault(["--model.lora.rank", "many"], ["model.lora.rank: 'many'", "it takes int"]),
     "no such choice": Fault(["--model.method", "lroa"], ["model.method: 'lroa'", "use one of lora, fft", "'lora'?"]),
     "not a number": Fault(["--model.learning_rate", ".nan"], ["model.learning_rate", "nan", "give one"]),
-    "a negative rate": Fault(["--model.learning_rate", "-1"], ["model.learning_rate is -1.0", "0 or more"]),
+    "a negative rate": Fault(["--model.learning_rate", "-1"], ["model.learning_rate is -1", "0 or more"]),
     "no accumulation": Fault(
         ["--trainer.accumulate_grad_batches", "0"], ["trainer.accumulate_grad_batches is 0", "1 or more"]
     ),
