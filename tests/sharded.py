@@ -29,6 +29,7 @@ class Held(Callback):
 
     def __init__(self) -> None:
         self.made_empty = False
+        self.gradients = 0
         self.bytes: dict[str, int] = {}
 
     @override
@@ -42,13 +43,17 @@ class Held(Callback):
         pl_module.configure_model = configured
 
     @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.gradients = bytes_on("cpu", gradient_tensors(pl_module))  # gone after the step
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
         if batch["step"] == 0 and batch["last_of_step"]:
             self.bytes = {
                 "weights": bytes_on("cpu", pl_module.model.parameters()),
-                "gradients": bytes_on("cpu", gradient_tensors(pl_module)),
+                "gradients": self.gradients,
                 "optimizer": bytes_on("cpu", optimizer_tensors(trainer.optimizers[0])),
             }
 

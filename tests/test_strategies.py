@@ -269,7 +269,7 @@ def test_a_run_goes_on_in_any_other_layout(shop: Workshop) -> None:
     kind = "two ranks, sharded"
     expected = whole(shop, kind)
     directory = cut(expected, shop.folder / "sharded, other layouts", 3)
-    layouts = [("ddp", 2), ("fsdp2_cpu_offload", 1), ("auto", 1), ("auto", 2)]  # the last: sharded, as in the beginning
+    layouts = [("ddp", 2), ("fsdp2", 1), ("auto", 1), ("auto", 2)]  # the last: sharded, as in the beginning
     for (strategy, ranks), count in zip(layouts, (3, 3, 3, 99), strict=True):
         layout = ["--trainer.strategy", strategy, "--trainer.devices", str(ranks)]
         layout += ["--trainer.accumulate_grad_batches", str(4 // ranks)]
