@@ -16,8 +16,8 @@ from lit_tune.errors import InputError
 from lit_tune.flops import Matrices, training_flops
 from lit_tune.memory import CATEGORIES, GIB
 from lit_tune.modules import load
-from lit_tune.predict import FSDP2_OFFLOAD, Case, Prediction, predict, same_settings
-from lit_tune.workload import MicroBatch, largest_micro_batch
+from lit_tune.predict import FSDP2_OFFLOAD, Case, Prediction, heaviest, predict, same_settings
+from lit_tune.workload import MicroBatch, largest_micro_batches
 
 if TYPE_CHECKING:
     from lit_tune.run import TuneCLI
@@ -131,32 +131,34 @@ def _count(devices: Any) -> int:
 
 def case_of(built: TuneCLI, target: Target, *, tokens: int | None) -> Case:
     """Return what the memory of a run depends on."""
-    return Case(
+    micros = _micro_batches(built, tokens)
+    case = Case(
         tuner=built.model,
         config=load.load_config(built.model.base),
-        micro=_micro_batch(built, tokens),
+        micro=micros[0],
         precision=target.precision,
         device="cpu" if target.device == "cpu" else "cuda",
         accumulate=int(built.trainer.accumulate_grad_batches),
         devices=target.devices,
         strategy=target.strategy,
     )
+    return heaviest(case, micros)
 
 
-def _micro_batch(built: TuneCLI, tokens: int | None) -> MicroBatch:
+def _micro_batches(built: TuneCLI, tokens: int | None) -> list[MicroBatch]:
     data = built.datamodule
     if tokens is not None:
         if tokens < 2:
             raise InputError(f"--tokens is {tokens}; it must be 2 or more.")
-        return MicroBatch((tokens,), tokens - 1, packed=data.packing)
+        return [MicroBatch((tokens,), tokens - 1, packed=data.packing)]
     if load.has_tokenizer(built.model.base):
         data.trainer = built.trainer
         data.prepare(built.model.load_tokenizer)
-        return largest_micro_batch(data)
+        return largest_micro_batches(data)
     size = data.micro_batch_tokens or data.max_length
     count = 1 if data.micro_batch_tokens else data.cut(world=1, accumulate=1).samples
     assert count is not None
-    return MicroBatch((size,) * count, (size - 1) * count, packed=data.packing)
+    return [MicroBatch((size,) * count, (size - 1) * count, packed=data.packing)]
 
 
 def matrices(case: Case, adapters: int) -> Matrices:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import SimpleNamespace
@@ -487,6 +488,12 @@ def predict(case: Case) -> Prediction:
         trained=traced.trained,
         checkpoint=traced.trained + most.optimizer,
     )
+
+
+def heaviest(case: Case, micros: Sequence[MicroBatch]) -> Case:
+    """Return the case of the micro-batch with the highest peak."""
+    cases = [replace(case, micro=micro) for micro in micros]
+    return cases[0] if len(cases) == 1 else max(cases, key=lambda each: predict(each).peak.total)
 
 
 def _prediction(moments: Moments, *, checkpoint: int, **most: int) -> Prediction:

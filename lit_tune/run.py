@@ -546,28 +546,30 @@ class TuneCLI(LightningCLI):
 
     def _case(self) -> Case:
         """Return what the run's memory depends on."""
-        from lit_tune.predict import Case  # noqa: PLC0415  # not every command predicts
-        from lit_tune.workload import largest_micro_batch  # noqa: PLC0415
+        from lit_tune.predict import Case, heaviest  # noqa: PLC0415  # not every command predicts
+        from lit_tune.workload import largest_micro_batches  # noqa: PLC0415
 
         given = self.settings["trainer"]["strategy"]
-        return Case(
+        micros = largest_micro_batches(self.datamodule)
+        case = Case(
             tuner=self.model,
             config=load_config(self.model.base),
-            micro=largest_micro_batch(self.datamodule),
+            micro=micros[0],
             precision=str(self.trainer.precision),
             device="cuda" if self.trainer.strategy.root_device.type == "cuda" else "cpu",
             accumulate=self.trainer.accumulate_grad_batches,
             devices=self.trainer.world_size,
             strategy=given if isinstance(given, str) else "auto",
         )
+        return heaviest(case, micros)
 
     def _predicted(self) -> Footprint | None:
         """Return what a rank is predicted to hold at its peak; without a GPU, with what the process holds already."""
         from lit_tune.predict import predict  # noqa: PLC0415
 
-        case = self._case()
-        already = psutil.Process().memory_info().rss if case.device == "cpu" else 0
         try:
+            case = self._case()
+            already = psutil.Process().memory_info().rss if case.device == "cpu" else 0
             return predict(case).peak + Footprint(other=already)
         except InputError:
             raise

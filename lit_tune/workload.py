@@ -31,14 +31,20 @@ class MicroBatch:
         return sum(self.lengths) if self.packed else max(self.lengths) * len(self.lengths)
 
 
-def largest_micro_batch(data: InstructData) -> MicroBatch:
-    """Return the micro-batch with the most tokens in the first epochs of a run, on any device."""
+def largest_micro_batches(data: InstructData) -> list[MicroBatch]:
+    """Return, of the first epochs of a run, the micro-batch with the most tokens and the one with the most supervised.
+
+    One of them takes the most memory: layers take it for every token, the logits of a large vocabulary for those that
+    are supervised.
+    """
     source = data.source()
     trainer = data.trainer
     epochs = trainer.max_epochs if trainer is not None else None
     first = range(min(EPOCHS_LOOKED_AT, epochs) if epochs is not None and epochs > 0 else EPOCHS_LOOKED_AT)
-    shapes = (shape for epoch in first for shape in _shapes(source, epoch, packed=data.packing))
-    return max(shapes, key=lambda micro: (micro.tokens, micro.supervised))
+    shapes = {shape for epoch in first for shape in _shapes(source, epoch, packed=data.packing)}
+    longest = max(shapes, key=lambda micro: (micro.tokens, micro.supervised))
+    most_supervised = max(shapes, key=lambda micro: (micro.supervised, micro.tokens))
+    return list({longest, most_supervised})
 
 
 def _shapes(source: StepSource, epoch: int, *, packed: bool) -> Iterator[MicroBatch]:

@@ -23,6 +23,7 @@ from lit_tune.predict import (
     Ledger,
     Prediction,
     cheapest_checkpointing,
+    heaviest,
     predict,
     trace,
     trace_depth,
@@ -247,3 +248,12 @@ def test_an_adapter_to_start_from_is_as_large_as_it_is(base: str, tmp_path: Path
         return LlamaTuner(base=base, adapter=str(tmp_path / "adapter"))
 
     assert predicted(tuner(), base, "32-true").weights == Measured(tuner(), "32-true", packing=True).weights
+
+
+def test_the_heaviest_micro_batch_need_not_be_the_longest(base: str) -> None:
+    config = load_config(base)
+    config.vocab_size = 20_000
+    of = Case(LlamaTuner(base=base), config, MicroBatch((50,), 1), "32-true", device="cpu")
+    longest, supervised = MicroBatch((50,), 1), MicroBatch((45,), 44)
+    assert heaviest(of, [longest, supervised]).micro == supervised
+    assert heaviest(of, [longest]).micro == longest
