@@ -140,7 +140,7 @@ def case_of(built: TuneCLI, target: Target, *, tokens: int | None) -> Case:
         device="cpu" if target.device == "cpu" else "cuda",
         accumulate=int(built.trainer.accumulate_grad_batches),
         devices=target.devices,
-        strategy=target.strategy,
+        strategy=built.strategy_name if target.strategy == "auto" else target.strategy,
     )
     return heaviest(case, micros)
 
@@ -464,15 +464,14 @@ def _table(found: Prediction) -> Table:
         most = getattr(found, category)
         table.add_row(category, f"{getattr(peak, category) / GIB:.3f}", f"{most / GIB:.3f}", f"{most:,}")
     table.add_row("other", f"{peak.other / GIB:.3f}", "", "")
-    table.add_row(
-        Text("peak", style="bold"), Text(f"{peak.total / GIB:.3f}", style="bold"), "", f"in the {found.moment}"
-    )
+    table.add_row("all", f"{peak.total / GIB:.3f}", "", "", style="bold")
     return table
 
 
 def _figures(case: Case, found: Prediction) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     flops = flops_per_token(case, found)
+    table.add_row("the peak is", f"in the {found.moment}")
     if found.host:
         table.add_row("in host memory", f"{found.host / GIB:.3f} GiB")
     table.add_row("a checkpoint", _size(found.checkpoint))

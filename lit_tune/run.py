@@ -345,6 +345,7 @@ class TuneCLI(LightningCLI):
                     "set data.limit for fewer records, or trainer.max_steps for a shorter run."
                 )
         config["strategy"] = self._choose_strategy(config)
+        self.strategy_name = config["strategy"] if isinstance(config["strategy"], str) else "auto"
         config["callbacks"] = [*_as_list(config["callbacks"]), *self._own_callbacks(config)]
         writer = checkpoint.AtomicCheckpointIO(asynchronous=self._checkpoint.asynchronous)
         config["plugins"] = [*_as_list(config["plugins"]), writer]
@@ -549,7 +550,6 @@ class TuneCLI(LightningCLI):
         from lit_tune.predict import Case, heaviest  # noqa: PLC0415  # not every command predicts
         from lit_tune.workload import largest_micro_batches  # noqa: PLC0415
 
-        given = self.settings["trainer"]["strategy"]
         micros = largest_micro_batches(self.datamodule)
         case = Case(
             tuner=self.model,
@@ -559,7 +559,7 @@ class TuneCLI(LightningCLI):
             device="cuda" if self.trainer.strategy.root_device.type == "cuda" else "cpu",
             accumulate=self.trainer.accumulate_grad_batches,
             devices=self.trainer.world_size,
-            strategy=given if isinstance(given, str) else "auto",
+            strategy=self.strategy_name,
         )
         return heaviest(case, micros)
 

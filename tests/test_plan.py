@@ -40,7 +40,7 @@ def page(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("name", sorted(recipes.shipped()))
 def test_every_recipe_has_a_page(name: str, page: Page) -> None:
     said = page("--config", name, "--tokens", "512")
-    for word in ("Plan: ", "Micro-batch: ", "weights", "gradients", "optimizer", "activations", "other", "peak"):
+    for word in ("Plan: ", "Micro-batch: ", "weights", "gradients", "optimizer", "activations", "other", "the peak is"):
         assert word in said
     assert re.search(r"compute +[\d.,]+ GFLOP a token", said)
     assert re.search(r"fits on a GPU of \d+ GiB", said)
@@ -80,6 +80,17 @@ def test_the_largest_batch_is_found(page: Page) -> None:
     base = ("--model.base", "llama3.2-1b", "--data.max_length", "256", "--gpu-gib", "8")
     assert "fits on a GPU" in page(*base, "--data.micro_batch_size", size)
     assert "does NOT fit" in page(*base, "--data.micro_batch_size", str(int(size) * 11 // 10 + 1))
+
+
+def test_full_fine_tuning_on_several_gpus_is_planned_in_shards(page: Page) -> None:
+    settings = ("--model.base", "llama3.2-1b", "--model.method", "fft", "--tokens", "64")
+    one, four = page(*settings), page(*settings, "--trainer.devices", "4")
+    assert "on each of 4 GPUs, fsdp2" in four
+
+    def weights(said: str) -> float:
+        return float(re.findall(r"weights +[\d.]+ +([\d.]+)", said)[0])
+
+    assert weights(four) == pytest.approx(weights(one) / 4, rel=0.01)
 
 
 @pytest.mark.parametrize("tokens", ["1", "-5"])
