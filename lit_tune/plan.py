@@ -43,6 +43,10 @@ def plan(arguments: list[str]) -> None:
         adjust=target.take,
     )
     settings = built.settings
+    if settings["gpu_gib"] is not None and settings["gpu_gib"] <= CONTEXT_GIB:
+        raise InputError(
+            f"--gpu-gib is {settings['gpu_gib']:g}; it must be more than the {CONTEXT_GIB} of CUDA itself."
+        )
     case = case_of(built, target, tokens=settings["tokens"])
     free = settings["gpu_gib"] or target.free_gib()
     console = Console(highlight=False)
@@ -141,6 +145,7 @@ def case_of(built: TuneCLI, target: Target, *, tokens: int | None) -> Case:
         accumulate=int(built.trainer.accumulate_grad_batches),
         devices=target.devices,
         strategy=built.strategy_name if target.strategy == "auto" else target.strategy,
+        token_budget=built.datamodule.micro_batch_tokens,
     )
     return heaviest(case, micros)
 
@@ -278,6 +283,34 @@ def _halved(samples: int) -> Callable[[Case], Case | None]:
     return make
 
 
+def _within(tokens: int) -> Callable[[Case], Case | None]:
+    def make(case: Case) -> Case | None:
+        assert case.token_budget is not None
+        if tokens >= case.token_budget or tokens < max(case.micro.lengths):
+            return None
+        fewer = _halved(max(1, len(case.micro.lengths) * tokens // case.micro.tokens))(case)
+        more = case.accumulate * -(-case.token_budget // tokens)
+        return fewer and replace(fewer, accumulate=more, token_budget=tokens)
+
+    return make
+
+
+def _smaller(case: Case) -> Iterator[Change]:
+    """Yield smaller micro-batches, and as many more of them."""
+    cost = "the same losses; smaller matrix products"
+    if case.token_budget is not None:
+        for fewer in (case.token_budget // 2, case.token_budget // 4):
+            steps = case.accumulate * -(-case.token_budget // fewer)
+            flags = f"--data.micro_batch_tokens {fewer} --trainer.accumulate_grad_batches {steps}"
+            yield Change(flags, cost, _within(fewer))
+        return
+    samples = len(case.micro.lengths)
+    for fewer in sorted({samples // 2, samples // 4, 1} - {0, samples}, reverse=True):
+        steps = case.accumulate * -(-samples // fewer)
+        flags = f"--data.micro_batch_size {fewer} --trainer.accumulate_grad_batches {steps}"
+        yield Change(flags, cost, _halved(fewer))
+
+
 def _in_backward(case: Case) -> Case | None:
     made = _module(optimizer_in_backward=True)(case)
     return made and replace(made, accumulate=1)
@@ -298,11 +331,7 @@ def _as_lora(case: Case) -> Case | None:
 
 def changes(case: Case) -> Iterator[Change]:
     """Yield what could make a run fit, the cheapest first."""
-    samples = len(case.micro.lengths)
-    for fewer in sorted({samples // 2, samples // 4, 1} - {0, samples}, reverse=True):
-        steps = case.accumulate * -(-samples // fewer)
-        flags = f"--data.micro_batch_size {fewer} --trainer.accumulate_grad_batches {steps}"
-        yield Change(flags, "the same losses; smaller matrix products", _halved(fewer))
+    yield from _smaller(case)
     yield Change("--model.optimizer adamw_8bit", "moments in 8 bits", _only("fft", _module(optimizer="adamw_8bit")))
     in_backward = "--model.optimizer_in_backward true --trainer.gradient_clip_val null"
     if case.accumulate > 1:

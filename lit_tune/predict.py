@@ -79,6 +79,7 @@ class Case:
         accumulate: Micro-batches of an optimizer step on a device.
         devices: How many of them.
         strategy: As `trainer.strategy` has it.
+        token_budget: `data.micro_batch_tokens`, where that bounds a micro-batch.
     """
 
     tuner: LlamaTuner
@@ -89,6 +90,7 @@ class Case:
     accumulate: int = 1
     devices: int = 1
     strategy: str = "auto"
+    token_budget: int | None = None
 
 
 @dataclass(frozen=True)

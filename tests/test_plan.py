@@ -72,14 +72,19 @@ def test_what_nothing_makes_fit_is_told(page: Page) -> None:
     assert "No change that is known here makes it fit" in said
 
 
-def test_the_largest_batch_is_found(page: Page) -> None:
-    said = page("--model.base", "llama3.2-1b", "--data.max_length", "256", "--gpu-gib", "8", "--find-batch")
-    found = re.search(r"The largest micro-batch that fits: (\d+) samples of 256 tokens", said)
+def test_the_largest_batch_is_found(tmp_path: Path, page: Page) -> None:
+    base = str(tiny_base(tmp_path / "base"))
+    common = ("--model.base", base, "--data.path", write_records(tmp_path / "records.jsonl"), "--gpu-gib", "0.6")
+    said = page(*common, "--find-batch")
+    found = re.search(r"The largest micro-batch that fits: (\d+) samples of \d+ tokens", said)
     assert found
-    size = found[1]
-    base = ("--model.base", "llama3.2-1b", "--data.max_length", "256", "--gpu-gib", "8")
-    assert "fits on a GPU" in page(*base, "--data.micro_batch_size", size)
-    assert "does NOT fit" in page(*base, "--data.micro_batch_size", str(int(size) * 11 // 10 + 1))
+    size = int(found[1])
+    budget = re.search(r"--data.micro_batch_tokens (\d+)\)", said)
+    assert budget
+    assert int(budget[1]) > size
+    # All of these tokens are supervised, not a share of them as in the records.
+    assert "fits on a GPU" in page(*common, "--tokens", str(int(budget[1]) // 4))
+    assert "does NOT fit" in page(*common, "--tokens", str(int(budget[1]) * 4))
 
 
 def test_full_fine_tuning_on_several_gpus_is_planned_in_shards(page: Page) -> None:
@@ -97,6 +102,12 @@ def test_full_fine_tuning_on_several_gpus_is_planned_in_shards(page: Page) -> No
 def test_tokens_without_a_meaning_are_refused(tokens: str, page: Page) -> None:
     with pytest.raises(InputError, match=f"--tokens is {tokens}; it must be 2 or more"):
         page("--model.base", "llama2-7b", "--tokens", tokens)
+
+
+@pytest.mark.parametrize("size", ["-3", "0", "0.5"])
+def test_a_gpu_without_memory_is_refused(size: str, page: Page) -> None:
+    with pytest.raises(InputError, match=f"--gpu-gib is {size}; it must be more than the 0.5 of CUDA itself"):
+        page("--model.base", "llama2-7b", "--tokens", "64", "--gpu-gib", size)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +169,18 @@ def test_a_smaller_micro_batch_keeps_the_global_batch() -> None:
             assert made is not None
             assert len(made.micro.lengths) * made.accumulate == 4
             assert f"accumulate_grad_batches {made.accumulate}" in change.flags
+
+
+def test_a_smaller_budget_of_tokens_keeps_the_samples_of_a_step_too() -> None:
+    of = replace(case(samples=4), token_budget=2048)
+    made = {change.flags: change.applied(of) for change in changes(of) if "micro_batch" in change.flags}
+    assert list(made) == [
+        "--data.micro_batch_tokens 1024 --trainer.accumulate_grad_batches 2",
+        "--data.micro_batch_tokens 512 --trainer.accumulate_grad_batches 4",
+    ]
+    assert [found and (found.micro.tokens, found.accumulate) for found in made.values()] == [(1024, 2), (512, 4)]
+    too_long = replace(of, token_budget=600)
+    assert [c.applied(too_long) for c in changes(too_long) if "micro_batch" in c.flags] == [None, None]
 
 
 def test_each_method_is_offered_its_own() -> None:
