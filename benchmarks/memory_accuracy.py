@@ -27,8 +27,8 @@ from lit_tune.memory import GIB, bytes_on, optimizer_tensors, weight_tensors
 from lit_tune.modules import load
 from lit_tune.modules.llama import LlamaTuner, storage_dtype
 from lit_tune.modules.optim import make_optimizer
-from lit_tune.plan import CONTEXT_GIB
 from lit_tune.predict import Case, predict
+from lit_tune.remedies import CONTEXT_GIB
 from lit_tune.workload import MicroBatch
 
 METHODS: dict[str, dict[str, Any]] = {

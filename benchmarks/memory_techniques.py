@@ -17,8 +17,8 @@ from benchmarks.report import header
 from lit_tune.memory import GIB
 from lit_tune.modules.llama import LlamaTuner
 from lit_tune.modules.load import load_config
-from lit_tune.plan import flops_per_token
 from lit_tune.predict import Case, predict
+from lit_tune.remedies import flops_per_token
 from lit_tune.workload import MicroBatch
 
 LORA: dict[str, dict[str, Any]] = {

@@ -593,7 +593,7 @@ class TuneCLI(LightningCLI):
 
     def _out_of_memory(self, error: Exception) -> OutOfMemoryError:
         """Say what memory was taken when there was none left, and what to change."""
-        changes, monitor, newest = self._smaller(), self.memory, self._checkpoint.newest
+        changes, monitor, newest = self._planned() or self._smaller(), self.memory, self._checkpoint.newest
         if isinstance(error, OutOfMemoryError):
             # What a run with a GPU takes of the host does not depend on these.
             changes = [] if self.trainer.strategy.root_device.type == "cuda" else changes
@@ -609,6 +609,18 @@ class TuneCLI(LightningCLI):
             table = memory_table([monitor.failed], title=title, predicted=monitor.predicted, failed=True)
             details = [plain_text(table), *details]
         return OutOfMemoryError(text, "\n".join(details), on_all_ranks=getattr(error, "on_all_ranks", False))
+
+    def _planned(self) -> list[Change]:
+        """Return what is predicted to make the run fit on its GPU; nothing without one."""
+        if self.trainer.strategy.root_device.type != "cuda":
+            return []
+        from lit_tune.remedies import CONTEXT_GIB, advised  # noqa: PLC0415  # not every run ends like this
+
+        total = torch.cuda.get_device_properties(self.trainer.strategy.root_device).total_memory
+        try:
+            return advised(self._case(), int(total - CONTEXT_GIB * GIB))
+        except Exception:  # what cannot be predicted is no second fault; the list without figures is left
+            return []
 
     def _smaller(self) -> list[Change]:
         data, trainer = self.datamodule, self.trainer
