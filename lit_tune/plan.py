@@ -13,8 +13,8 @@ from lit_tune import techniques
 from lit_tune.errors import InputError
 from lit_tune.memory import CATEGORIES, GIB
 from lit_tune.modules import load
-from lit_tune.predict import Case, Prediction, heaviest, predict
-from lit_tune.remedies import CONTEXT_GIB, Option, flops_per_token, largest_that_fits, options
+from lit_tune.predict import Case, Device, Prediction, heaviest
+from lit_tune.remedies import CONTEXT_GIB, Option, flops_per_token, largest_that_fits, needed_gib, options
 from lit_tune.workload import MicroBatch, largest_micro_batches
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ def plan(arguments: list[str]) -> None:
         raise InputError(
             f"--gpu-gib is {settings['gpu_gib']:g}; it must be more than the {CONTEXT_GIB} of CUDA itself."
         )
-    case = case_of(built, target, tokens=settings["tokens"])
+    case, found = predicted(built, target, tokens=settings["tokens"])
     free = settings["gpu_gib"] or target.free_gib()
     console = Console(highlight=False)
     if built.datamodule.prepared is None and settings["tokens"] is None:
         console.print("No tokenizer of this base is here: every sample is taken to be data.max_length long.")
-    print_plan(console, case, predict(case), free_gib=free, find_batch=settings["find_batch"])
+    print_plan(console, case, found, free_gib=free, find_batch=settings["find_batch"])
 
 
 def _add_options(parser: Any) -> None:
@@ -81,21 +81,21 @@ class Target:
     """The machine that a run is for; this one need not be like it."""
 
     def __init__(self) -> None:
-        self.device = "cuda"
+        self.device: Device = "cuda"
         self.precision = "bf16-mixed"
         self.devices = 1
         self.strategy = "auto"
 
     def take(self, settings: Any) -> dict[str, Any]:
         """Take the target from the settings, and leave such that can be made anywhere in their place; return it."""
-        from lit_tune.run import default_precision  # noqa: PLC0415
+        from lit_tune.run import default_precision, process_count  # noqa: PLC0415
 
         trainer = settings["trainer"]
         self.device = "cpu" if trainer["accelerator"] == "cpu" else "cuda"
         default = default_precision("cpu") if self.device == "cpu" else "bf16-mixed"
         precision = str(trainer["precision"] or default)
         self.precision = techniques.PRECISIONS.get(precision, precision)
-        self.devices = _count(trainer["devices"]) * int(trainer["num_nodes"])
+        self.devices = process_count(trainer["accelerator"], trainer["devices"], trainer["num_nodes"])
         self.strategy = str(trainer["strategy"])
         anywhere = {"accelerator": "cpu", "precision": "32-true", "strategy": "auto", "num_nodes": 1}
         for name, value in (anywhere | {"devices": self.devices}).items():
@@ -115,29 +115,18 @@ class Target:
         return free / GIB + CONTEXT_GIB
 
 
-def _count(devices: Any) -> int:
-    if isinstance(devices, list):
-        return len(devices)
-    text = str(devices)
-    if "," in text:
-        return len([part for part in text.split(",") if part])
-    if text.isdigit() and text != "0":
-        return int(text)
-    return max(1, torch.cuda.device_count())  # auto, -1
-
-
 # -- what is predicted -------------------------------------------------------------------------------------------------
 
 
-def case_of(built: TuneCLI, target: Target, *, tokens: int | None) -> Case:
-    """Return what the memory of a run depends on."""
+def predicted(built: TuneCLI, target: Target, *, tokens: int | None) -> tuple[Case, Prediction]:
+    """Return what the memory of a run depends on, and what it will be."""
     micros = _micro_batches(built, tokens)
     case = Case(
         tuner=built.model,
         config=load.load_config(built.model.base),
         micro=micros[0],
         precision=target.precision,
-        device="cpu" if target.device == "cpu" else "cuda",
+        device=target.device,
         accumulate=int(built.trainer.accumulate_grad_batches),
         devices=target.devices,
         strategy=built.strategy_name if target.strategy == "auto" else target.strategy,
@@ -177,7 +166,7 @@ def print_plan(console: Console, case: Case, found: Prediction, *, free_gib: flo
     console.print(_figures(case, found))
     if case.device == "cpu":
         return
-    needed = found.peak.total / GIB + CONTEXT_GIB
+    needed = needed_gib(found)
     if free_gib is None:
         enough = next((size for size in USUAL_GIB if size >= needed), None)
         more = f"fits on a GPU of {enough} GiB" if enough else f"fits on no GPU of up to {USUAL_GIB[-1]} GiB"
@@ -190,7 +179,7 @@ def print_plan(console: Console, case: Case, found: Prediction, *, free_gib: flo
     said = f"\n{needed:.2f} GiB with CUDA's own {CONTEXT_GIB}: {verdict} on a GPU of {free_gib:.2f} GiB."
     console.print(said, style=f"bold {style}")
     if not fits:
-        _print_options(console, case, found, options(case, room))
+        _print_options(console, options(case, found, room))
     if find_batch:
         _print_batches(console, case, room)
 
@@ -237,18 +226,16 @@ def _size(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 1024**2:.1f} MiB"
 
 
-def _print_options(console: Console, case: Case, found: Prediction, made: list[Option]) -> None:
+def _print_options(console: Console, made: list[Option]) -> None:
     if not made:
         console.print("No change that is known here makes it fit: take a smaller model or more GPUs.")
         return
     console.print("\nWhat makes it fit, the cheapest first:")
-    compute = flops_per_token(case, found)
     table = Table("GiB", "compute", "cost", "add to the command", box=None, pad_edge=False, header_style="bold")
     table.columns[3].overflow = "fold"
     for option in made[:MOST_CHANGES]:
-        peak = option.found.peak.total / GIB + CONTEXT_GIB
-        times = flops_per_token(option.case, option.found) / compute
-        table.add_row(f"{peak:.2f}", f"x {times:.2f}", option.cost, Text(option.flags))
+        figures = f"{needed_gib(option.found):.2f}", f"x {option.compute:.2f}"
+        table.add_row(*figures, option.cost, Text(option.flags))
     console.print(table)
 
 

@@ -42,6 +42,7 @@ from lit_tune.modules.checkpointing import GradientCheckpointing
 from lit_tune.modules.llama import LlamaTuner, compute_dtype, storage_dtype
 from lit_tune.modules.lora import Lora, settings_of
 from lit_tune.modules.offload import COPIES_UNDER_WAY, FETCHED_AHEAD, SMALLEST_BYTES
+from lit_tune.strategies import FSDP2, OFFLOADED
 from lit_tune.workload import MicroBatch
 
 if TYPE_CHECKING:
@@ -459,8 +460,6 @@ def continued(few: Trace, more: Trace, *, times: int) -> Trace:
 
 # -- a run -------------------------------------------------------------------------------------------------------------
 
-FSDP2, FSDP2_OFFLOAD = "fsdp2", "fsdp2_cpu_offload"
-
 
 def predict(case: Case) -> Prediction:
     """Predict what a run holds on each device and in host memory.
@@ -468,7 +467,7 @@ def predict(case: Case) -> Prediction:
     Raises:
         InputError: Settings that no model can be made with.
     """
-    if case.strategy in (FSDP2, FSDP2_OFFLOAD):
+    if case.strategy in (FSDP2, OFFLOADED):
         return _sharded(case)
     traced = trace_depth(case)
     paged = case.tuner.optimizer == "paged_adamw_8bit"
@@ -492,10 +491,10 @@ def predict(case: Case) -> Prediction:
     )
 
 
-def heaviest(case: Case, micros: Sequence[MicroBatch]) -> Case:
-    """Return the case of the micro-batch with the highest peak."""
+def heaviest(case: Case, micros: Sequence[MicroBatch]) -> tuple[Case, Prediction]:
+    """Return the case of the micro-batch with the highest peak, and what is predicted for it."""
     cases = [replace(case, micro=micro) for micro in micros]
-    return cases[0] if len(cases) == 1 else max(cases, key=lambda each: predict(each).peak.total)
+    return max(((each, predict(each)) for each in cases), key=lambda pair: pair[1].peak.total)
 
 
 def _prediction(moments: Moments, *, checkpoint: int, **most: int) -> Prediction:
@@ -521,7 +520,7 @@ def _sharded(case: Case) -> Prediction:
     root = _weights(few) - group * one
     traced = trace_depth(traced_case)
     wide = 2 if half and storage_dtype(case.precision, trains=case.tuner.method == "fft") == torch.float32 else 1
-    offloaded = case.strategy == FSDP2_OFFLOAD
+    offloaded = case.strategy == OFFLOADED
 
     def share(size: int) -> int:
         return -(-size // case.devices)

@@ -9,7 +9,8 @@ from typing import Any
 from lit_tune import advice, techniques
 from lit_tune.flops import Matrices, training_flops
 from lit_tune.memory import GIB
-from lit_tune.predict import FSDP2_OFFLOAD, Case, Prediction, predict, same_settings
+from lit_tune.predict import Case, Prediction, predict, same_settings
+from lit_tune.strategies import OFFLOADED
 from lit_tune.workload import MicroBatch
 
 # What a process takes of a GPU before its first tensor: the CUDA context and the kernels' code.
@@ -80,12 +81,25 @@ class Change:
 
 @dataclass(frozen=True)
 class Option:
-    """Changes that were predicted together."""
+    """Changes that were predicted together.
+
+    Args:
+        flags: What to add to the command.
+        cost: What it costs besides compute.
+        found: What is predicted.
+        compute: How many times the operations of the case that was changed.
+    """
 
     flags: str
     cost: str
     case: Case
     found: Prediction
+    compute: float
+
+
+def needed_gib(found: Prediction) -> float:
+    """Return what a GPU must have, CUDA's own share included."""
+    return found.peak.total / GIB + CONTEXT_GIB
 
 
 def can_be(case: Case) -> bool:
@@ -171,7 +185,7 @@ def _half_weights(case: Case) -> Case | None:
 
 
 def _host_offload(case: Case) -> Case | None:
-    return replace(case, strategy=FSDP2_OFFLOAD) if case.strategy != FSDP2_OFFLOAD else None
+    return replace(case, strategy=OFFLOADED) if case.strategy != OFFLOADED else None
 
 
 def _as_lora(case: Case) -> Case | None:
@@ -199,79 +213,71 @@ def changes(case: Case) -> Iterator[Change]:
             yield Change(flags, f"frozen weights in {bits} bits", _only("lora", _module(quantize=kind)))
     yield Change("--trainer.precision bf16-true", "updates rounded to bf16", _only("fft", _half_weights))
     yield Change(
-        f"--trainer.strategy {FSDP2_OFFLOAD}", "weights go over the bus; AdamW on the CPU", _only("fft", _host_offload)
+        f"--trainer.strategy {OFFLOADED}", "weights go over the bus; AdamW on the CPU", _only("fft", _host_offload)
     )
     yield Change("--model.method lora", "trains adapters, not the weights", _only("fft", _as_lora))
 
 
-def options(case: Case, room: int) -> list[Option]:
+def options(case: Case, found: Prediction, room: int) -> list[Option]:
     """Return the single changes that make a case fit, the cheapest first, and the cheapest ones that do together.
 
     Args:
+        found: What is predicted for the case as it is.
         room: Bytes that the peak may take.
     """
-    known = list(changes(case))
-    alone = [Option(c.flags, c.cost, made, predict(made)) for c in known if (made := c.applied(case)) is not None]
-    found = [option for option in alone if option.found.peak.total <= room]
-    together = _combined(case, known, room)
-    return found if together is None or together.flags in {option.flags for option in found} else [*found, together]
+    flops, known = flops_per_token(case, found), list(changes(case))
+
+    def option(taken: list[Change]) -> Option | None:
+        made: Case | None = case
+        for change in taken:
+            made = change.applied(made) if made is not None else None
+        if made is None:
+            return None
+        flags, costs = (list(dict.fromkeys(words)) for words in zip(*((c.flags, c.cost) for c in taken), strict=True))
+        then = predict(made)
+        return Option(" ".join(flags), "; ".join(costs), made, then, flops_per_token(made, then) / flops)
+
+    alone = [made for change in known if (made := option([change])) is not None]
+    fitting = [made for made in alone if made.found.peak.total <= room]
+    together = _combined(known, option, found.peak.total, room)
+    return fitting if together is None or together.flags in {made.flags for made in fitting} else [*fitting, together]
+
+
+def _combined(
+    known: list[Change], option: Callable[[list[Change]], Option | None], peak: int, room: int
+) -> Option | None:
+    """Take one change after the other until it fits, and leave out, the dearest first, what is not needed then."""
+    taken: list[Change] = []
+    best: Option | None = None
+    for change in known:
+        made = option([*taken, change])
+        if made is not None and made.found.peak.total < peak:
+            taken, best, peak = [*taken, change], made, made.found.peak.total
+            if peak <= room:
+                break
+    else:
+        return None
+    for change in reversed(taken[:-1]):
+        rest = [other for other in taken if other is not change]
+        if (made := option(rest)) is not None and made.found.peak.total <= room:
+            taken, best = rest, made
+    return best
 
 
 # What a run may change when it goes on: the samples of a step stay, and what trains.
 _GOES_ON = ("--data.micro_batch_size", "--trainer.accumulate", "--model.gradient_ch", "--model.offload_activations")
 
 
-def advised(case: Case, room: int) -> list[advice.Change]:
+def advised(case: Case, found: Prediction, room: int) -> list[advice.Change]:
     """Return what makes a run fit that ran out of memory, with its figures, the cheapest first."""
-    compute = flops_per_token(case, predict(case))
     return [
         advice.Change(
             option.flags,
-            f"{option.found.peak.total / GIB + CONTEXT_GIB:.2f} GiB predicted, compute x "
-            f"{flops_per_token(option.case, option.found) / compute:.2f}; {option.cost}",
+            f"{needed_gib(option.found):.2f} GiB predicted, compute x {option.compute:.2f}; {option.cost}",
             fresh=not all(flag.startswith(_GOES_ON) for flag in option.flags.split() if flag.startswith("--")),
         )
-        for option in options(case, room)
+        for option in options(case, found, room)
     ]
-
-
-def _combined(case: Case, known: list[Change], room: int) -> Option | None:
-    """Take one change after the other until it fits, and leave out what is not needed then."""
-    taken: list[Change] = []
-    now, best = case, predict(case)
-    for change in known:
-        made = change.applied(now)
-        if made is None:
-            continue
-        found = predict(made)
-        if found.peak.total < best.peak.total:
-            taken, now, best = [*taken, change], made, found
-        if best.peak.total <= room:
-            return _together(case, _needed(case, taken, room))
-    return None
-
-
-def _needed(case: Case, taken: list[Change], room: int) -> list[Change]:
-    """Leave out, the dearest first, what the others do without."""
-    for change in reversed(taken[:-1]):
-        rest = [other for other in taken if other is not change]
-        if (made := _all(case, rest)) is not None and predict(made).peak.total <= room:
-            taken = rest
-    return taken
-
-
-def _all(case: Case, taken: list[Change]) -> Case | None:
-    now: Case | None = case
-    for change in taken:
-        now = change.applied(now) if now is not None else None
-    return now
-
-
-def _together(case: Case, taken: list[Change]) -> Option:
-    made = _all(case, taken)
-    assert made is not None
-    costs = list(dict.fromkeys(change.cost for change in taken))
-    return Option(" ".join(change.flags for change in taken), "; ".join(costs), made, predict(made))
 
 
 def largest_that_fits(case: Case, room: int, *, sizes: Callable[[int], MicroBatch]) -> int:

@@ -58,7 +58,7 @@ from lit_tune.runs import RUNS, check_name, fresh_name, last_checkpoint, make_di
 from lit_tune.signals import is_launched
 
 if TYPE_CHECKING:
-    from lit_tune.predict import Case
+    from lit_tune.predict import Case, Prediction
 
 RESULT = "result"
 CONFIG = "config.yaml"
@@ -545,8 +545,8 @@ class TuneCLI(LightningCLI):
         if self.resumed_from:
             self.console.print(f"Going on from {self.resumed_from} (optimizer step {self._steps_done})")
 
-    def _case(self) -> Case:
-        """Return what the run's memory depends on."""
+    def _heaviest(self) -> tuple[Case, Prediction]:
+        """Return what the run's memory depends on, and what it will be."""
         from lit_tune.predict import Case, heaviest  # noqa: PLC0415  # not every command predicts
         from lit_tune.workload import largest_micro_batches  # noqa: PLC0415
 
@@ -565,12 +565,10 @@ class TuneCLI(LightningCLI):
 
     def _predicted(self) -> Footprint | None:
         """Return what a rank is predicted to hold at its peak; without a GPU, with what the process holds already."""
-        from lit_tune.predict import predict  # noqa: PLC0415
-
         try:
-            case = self._case()
+            case, found = self._heaviest()
             already = psutil.Process().memory_info().rss if case.device == "cpu" else 0
-            return predict(case).peak + Footprint(other=already)
+            return found.peak + Footprint(other=already)
         except InputError:
             raise
         except Exception as error:  # a model or strategy of another make, whose run need not fail for that
@@ -587,7 +585,7 @@ class TuneCLI(LightningCLI):
             if chosen is None:
                 on_gpu = self.trainer.strategy.root_device.type == "cuda"
                 room = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-                chosen = os.environ[CHECKPOINTING_VARIABLE] = str(cheapest_checkpointing(self._case(), room))
+                chosen = os.environ[CHECKPOINTING_VARIABLE] = str(cheapest_checkpointing(self._heaviest()[0], room))
                 self.console.print(f"Gradient checkpointing: {chosen}, for {room / GIB:.1f} GiB that are free")
             self.model.gradient_checkpointing = int(chosen) if chosen.isdigit() else chosen  # type: ignore[assignment]
 
@@ -618,7 +616,7 @@ class TuneCLI(LightningCLI):
 
         total = torch.cuda.get_device_properties(self.trainer.strategy.root_device).total_memory
         try:
-            return advised(self._case(), int(total - CONTEXT_GIB * GIB))
+            return advised(*self._heaviest(), int(total - CONTEXT_GIB * GIB))
         except Exception:  # what cannot be predicted is no second fault; the list without figures is left
             return []
 

@@ -255,5 +255,7 @@ def test_the_heaviest_micro_batch_need_not_be_the_longest(base: str) -> None:
     config.vocab_size = 20_000
     of = Case(LlamaTuner(base=base), config, MicroBatch((50,), 1), "32-true", device="cpu")
     longest, supervised = MicroBatch((50,), 1), MicroBatch((45,), 44)
-    assert heaviest(of, [longest, supervised]).micro == supervised
-    assert heaviest(of, [longest]).micro == longest
+    found, prediction = heaviest(of, [longest, supervised])
+    assert found.micro == supervised
+    assert prediction == predict(found)
+    assert heaviest(of, [longest])[0].micro == longest

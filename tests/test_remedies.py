@@ -24,7 +24,7 @@ def case(*, method: Any = "lora", samples: int = 4, **settings: Any) -> Case:
 def test_all_that_is_offered_fits_and_says_how(method: str) -> None:
     of = case(method=method)
     room = int(0.8 * predict(of).peak.total)
-    offered = options(of, room)
+    offered = options(of, predict(of), room)
     assert offered
     for option in offered:
         assert predict(option.case).peak.total == option.found.peak.total <= room
@@ -36,22 +36,22 @@ def test_all_that_is_offered_fits_and_says_how(method: str) -> None:
 def test_a_run_that_ran_out_of_memory_is_advised_with_figures() -> None:
     of = case()
     room = int(0.8 * predict(of).peak.total)
-    advice = advised(of, room)
-    assert [change.flags for change in advice] == [option.flags for option in options(of, room)]
+    advice = advised(of, predict(of), room)
+    assert [change.flags for change in advice] == [option.flags for option in options(of, predict(of), room)]
     by_flags = {change.flags: change for change in advice}
     full = by_flags["--model.gradient_checkpointing full"]
     assert re.fullmatch(r"\d+\.\d\d GiB predicted, compute x 1\.\d\d; the same losses", full.effect)
     assert not full.fresh
     assert not by_flags["--data.micro_batch_size 2 --trainer.accumulate_grad_batches 2"].fresh
     fft = case(method="fft")
-    others = {change.flags: change for change in advised(fft, int(0.95 * predict(fft).peak.total))}
+    others = {change.flags: change for change in advised(fft, predict(fft), int(0.95 * predict(fft).peak.total))}
     assert others["--model.method lora"].fresh
 
 
 def test_changes_that_only_do_together_are_offered_without_those_not_needed() -> None:
     of = case()
     least = min(predict(made).peak.total for change in changes(of) if (made := change.applied(of)) is not None)
-    (offered,) = options(of, int(0.98 * least))
+    (offered,) = options(of, predict(of), int(0.98 * least))
     assert offered.found.peak.total <= 0.98 * least
     assert offered.flags.count("--model.") + offered.flags.count("--data.") >= 2
 
